@@ -1,11 +1,12 @@
 """What a transport is: the contract that tcp and process_vm (later rdma and cuda_ipc) fulfil.
 
-Roles. The *initiator* (prefill) owns the source and decides when bytes move. The *target* (decode) owns the memory
-they land in and may take back its permission at any time. Between two processes there is one `Link` from initiator
-to target, opened at the handshake; it also is the sign of life: when either process dies both sides learn it at once.
+Roles. The *initiator* (prefill) owns the source and decides when bytes move. The *target* (decode) owns the
+memory they land in and may take back its permission at any time. Between two processes there is one `Link`
+from initiator to target, opened at the handshake; it also is the sign of life: when either process dies both
+sides learn it at once.
 
-The rule every transport obeys: **after `Target.revoke(key)` returned, no byte lands under that key**, whatever the
-initiator is doing (running, stopped, partitioned, malicious).
+The rule every transport obeys: **after `Target.revoke(key)` returned, no byte lands under that key**,
+whatever the initiator is doing (running, stopped, partitioned, malicious).
 """
 
 from collections.abc import Callable
@@ -42,7 +43,12 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 
 class Landed(msgspec.Struct, frozen=True):
-    """What arrived under a grant until it was revoked."""
+    """What arrived under a grant until it was revoked.
+
+    Attributes:
+        nbytes: bytes written, those of unfinished writes included; bytes that came twice count twice.
+        writes: calls of `Link.write` that landed as a whole.
+    """
 
     nbytes: int
     writes: int
@@ -57,7 +63,9 @@ class Link(Protocol):
         """Move `plan`'s bytes into the target's memory under grant `key`.
 
         `on_done(None)` is called from a transport thread once every byte has landed in the target's memory,
-        `on_done(reason)` if the target refused or the link broke. Called exactly once for each write.
+        `on_done(reason)` if the target refused or the link broke. Called exactly once for each write. Unless
+        the link broke, nothing of the write is under way any more then: the source's memory may be reused.
+        On a link that is down already it is called before `write` returns.
         """
 
     def close(self) -> None:

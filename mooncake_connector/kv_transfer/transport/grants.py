@@ -1,0 +1,99 @@
+"""Permissions to write, and the fence that takes them back."""
+
+import threading
+
+from mooncake_connector.errors import TransportError
+from mooncake_connector.kv_transfer.memory import Ranges, U64Array
+from mooncake_connector.kv_transfer.transport.base import Landed
+
+
+class Grant:
+    """One key's permission.
+
+    A receiver thread brackets every system call that writes under the key by `enter` and `leave`. The call
+    never waits for the initiator, so `revoke`, which waits for those inside, takes milliseconds.
+    """
+
+    def __init__(self, peer: str, ranges: Ranges) -> None:
+        self.peer = peer
+        self._ranges = ranges
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._revoked = False
+        self._nbytes = 0
+        self._writes = 0
+        self._parts: dict[tuple[bytes, int], int] = {}
+
+    def covers(self, dst: U64Array, length: U64Array) -> bool:
+        """Whether all ranges [n] lie inside the granted ones."""
+        return self._ranges.cover(dst, length)
+
+    def enter(self) -> bool:
+        """Whether a write may start now; if so, `leave` must follow."""
+        with self._changed:
+            if self._revoked:
+                return False
+            self._inside += 1
+            return True
+
+    def leave(self, nbytes: int) -> None:
+        """The write has ended and landed `nbytes`."""
+        with self._changed:
+            self._inside -= 1
+            self._nbytes += nbytes
+            if self._revoked and not self._inside:
+                self._changed.notify_all()
+
+    def part_landed(self, link: bytes, write: int, parts: int) -> None:
+        """Count one of the `parts` frames of a write."""
+        with self._changed:
+            landed = self._parts.pop((link, write), 0) + 1
+            if landed < parts:
+                self._parts[link, write] = landed
+            else:
+                self._writes += 1
+
+    def revoke(self) -> Landed:
+        """Wait for the writes under way; none starts any more."""
+        with self._changed:
+            self._revoked = True
+            self._changed.wait_for(lambda: not self._inside)
+            return Landed(self._nbytes, self._writes)
+
+
+class GrantTable:
+    """The grants of one process by key. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._grants: dict[int, Grant] = {}
+        self._lock = threading.Lock()
+
+    def add(self, key: int, grant: Grant) -> None:
+        """Put a grant into force.
+
+        Raises:
+            TransportError: The key is in use or out of range.
+        """
+        if not 0 <= key < 1 << 64:
+            raise TransportError(f"key {key} is out of range: take one of 64 bits")
+        with self._lock:
+            if key in self._grants:
+                raise TransportError(f"key {key} is granted already: revoke it first, or take another")
+            self._grants[key] = grant
+
+    def find(self, key: int, peer: str) -> Grant | None:
+        """The grant, if this peer has it."""
+        grant = self._grants.get(key)
+        return grant if grant is not None and grant.peer == peer else None
+
+    def revoke(self, key: int) -> Landed:
+        """Take a grant back and wait until no byte can land under it."""
+        with self._lock:
+            grant = self._grants.get(key)
+        if grant is None:
+            return Landed(0, 0)
+        landed = grant.revoke()
+        with self._lock:
+            if self._grants.get(key) is grant:
+                del self._grants[key]
+        return landed

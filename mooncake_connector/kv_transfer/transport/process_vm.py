@@ -1,0 +1,148 @@
+"""The process_vm path: between two processes of one host the target reads the initiator's memory, one copy.
+
+The target reads, rather than the initiator writing, so that the target alone ever writes its own memory:
+taking back a grant needs no word from the initiator, which may be stopped or gone.
+"""
+
+import errno
+import os
+import secrets
+import select
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from mooncake_connector.errors import TransportError
+from mooncake_connector.kv_transfer.memory import U64Array
+from mooncake_connector.kv_transfer.transport.base import SourceIdentity
+from mooncake_connector.kv_transfer.transport.grants import Grant
+from mooncake_connector.kv_transfer.transport.syscalls import Scatter, read_process, set_ptracer
+from mooncake_connector.kv_transfer.transport.wire import FrameHead
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_PID_NAMESPACE = Path("/proc/self/ns/pid")
+_YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+_probe = np.frombuffer(bytearray(secrets.token_bytes(16)), np.uint8)
+
+
+def identity() -> SourceIdentity:
+    """This process, as a target on the same host can recognise it."""
+    return SourceIdentity(os.getpid(), _host_id(), _probe.ctypes.data, _probe.tobytes())
+
+
+def readable(source: SourceIdentity) -> str | None:
+    """None if this process can read the memory of `source`, else why not, with the mend."""
+    if source.host_id != _host_id():
+        return "process_vm: the peer runs on another host or in another pid namespace (mend: share it)"
+    value = np.zeros(len(source.probe_value), np.uint8)
+    size = _u64(value.size)
+    if not value.size:
+        return "process_vm: the peer sent no probe: use one version of mooncake_connector on both"
+    try:
+        read_process(
+            source.pid, Scatter(_u64(value.ctypes.data), size), Scatter(_u64(source.probe_address), size)
+        )
+    except OSError as refused:
+        return f"process_vm: reading process {source.pid}: {_mend(refused)}"
+    if value.tobytes() != source.probe_value:
+        return f"process_vm: process {source.pid} is not the peer: connect to it again"
+    return None
+
+
+def allow_reader(pid: int) -> None:
+    """Let process `pid` read this one's memory where Yama restricts that to a process's ancestors.
+
+    Only one process can be named at a time: the last call counts. Harmless where Yama is absent or off. A
+    target that isn't named is refused by the kernel, and should be reached by the tcp path.
+    """
+    set_ptracer(pid)
+
+
+class Source:
+    """An initiator's memory, and the certainty that its process id still means that process.
+
+    Raises:
+        TransportError: It can't be read; the message has the reason and the mend.
+    """
+
+    def __init__(self, source: SourceIdentity) -> None:
+        try:
+            # Opened before the trial read: from then on the id can't pass to another process unnoticed.
+            self._pidfd = os.pidfd_open(source.pid)
+        except OSError as gone:
+            raise TransportError(f"process_vm: process {source.pid}: {gone.strerror}") from gone
+        reason = readable(source)
+        if reason is not None:
+            os.close(self._pidfd)
+            raise TransportError(reason)
+        self._pid = source.pid
+        self._exited = select.poll()
+        self._exited.register(self._pidfd, select.POLLIN)
+
+    def land(self, frame: FrameHead, grant: Grant) -> str | None:
+        """Copy a frame's bytes into place: None, or why they did not all land.
+
+        Raises:
+            EOFError: The initiator's process has ended.
+        """
+        assert frame.src is not None
+        place, origin = Scatter(frame.dst, frame.length), Scatter(frame.src, frame.length)
+        while place.left:
+            if self._exited.poll(0):
+                raise EOFError(f"process {self._pid} has ended")
+            if not grant.enter():
+                return f"key {frame.key} was revoked"
+            got = 0
+            try:
+                got = read_process(self._pid, place, origin)
+            except OSError as refused:
+                if refused.errno == errno.ESRCH:
+                    raise EOFError(f"process {self._pid} has ended") from refused
+                return f"process_vm: reading process {self._pid}: {_mend(refused)}"
+            finally:
+                grant.leave(got)
+            if not got:
+                return f"process_vm: reading process {self._pid} gave nothing"
+            place.advance(got)
+            origin.advance(got)
+        # Only now is it certain that the process read was the initiator all along.
+        if self._exited.poll(0):
+            raise EOFError(f"process {self._pid} has ended")
+        return None
+
+    def close(self) -> None:
+        """Forget the process."""
+        os.close(self._pidfd)
+
+
+@cache
+def _host_id() -> str:
+    return f"{_BOOT_ID.read_text().strip()}/{_PID_NAMESPACE.stat().st_ino}"
+
+
+def _u64(value: int) -> U64Array:
+    return np.array([value], np.uint64)
+
+
+def _mend(refused: OSError) -> str:
+    if refused.errno == errno.EPERM:
+        if _yama_scope() == 1:
+            return (
+                "not permitted by Yama: the peer must name this process (allow_reader), or set ptrace_scope=0"
+            )
+        if _yama_scope() > 1:
+            return "not permitted by Yama: set kernel.yama.ptrace_scope to 1 or 0, or grant CAP_SYS_PTRACE"
+        return "not permitted: run both as one user and dumpable, or grant CAP_SYS_PTRACE"
+    if refused.errno == errno.ESRCH:
+        return "no such process: it has ended, or lives in another pid namespace (mend: share it)"
+    if refused.errno == errno.ENOSYS:
+        return "this kernel or sandbox has no process_vm_readv: allow it, or take the tcp path"
+    return refused.strerror or str(refused)
+
+
+def _yama_scope() -> int:
+    try:
+        return int(_YAMA.read_text())
+    except (OSError, ValueError):
+        return 0
