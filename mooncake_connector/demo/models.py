@@ -1,8 +1,8 @@
 """Tiny models, made on the spot: random weights from a fixed seed, a local tokenizer, nothing downloaded.
 
-Three shapes that matter to a KV connector: full attention with grouped heads (``tiny-llama``), sliding windows
-beside full attention (``tiny-gemma3``) and multi-head latent attention (``tiny-deepseek``). Their answers are
-gibberish, and the same on every machine with the same libraries.
+Three shapes that matter to a KV connector: full attention with grouped heads (``tiny-llama``), sliding
+windows beside full attention (``tiny-gemma3``) and multi-head latent attention (``tiny-deepseek``). Their
+answers are gibberish, and the same on every machine with the same libraries.
 """
 
 import os
@@ -72,6 +72,15 @@ def make(name: str, cache: Path | None = None) -> Path:
     return folder
 
 
+def server_args(name: str) -> list[str]:
+    """vLLM arguments that suit the tiny models on a CPU: exact arithmetic, blocks that short prompts span."""
+    args = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_TOKENS)]
+    if name == "tiny-deepseek":
+        # The kernel for CPUs with AMX has no float32, and this one no other block size.
+        return [*args, "--attention-backend", "CPU_MLA", "--block-size", "16"]
+    return [*args, "--block-size", "32"]
+
+
 def _save_tokenizer(folder: Path) -> int:
     """Train and save a byte-level BPE tokenizer; returns its vocabulary's size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -88,7 +97,11 @@ def _save_tokenizer(folder: Path) -> int:
     )
     bpe.train_from_iterator([text * 4 for text in _CORPUS], trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=MAX_TOKENS
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=MAX_TOKENS,
     )
     tokenizer.chat_template = _CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)

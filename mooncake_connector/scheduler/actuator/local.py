@@ -65,7 +65,13 @@ class LocalProcess:
     health_path = "/health"
 
     def __init__(
-        self, command: Sequence[str], *, name: str, port: int, env: Mapping[str, str], logs: Path | None = None
+        self,
+        command: Sequence[str],
+        *,
+        name: str,
+        port: int,
+        env: Mapping[str, str],
+        logs: Path | None = None,
     ) -> None:
         self.command = list(command)
         self.name = name
@@ -253,7 +259,16 @@ class LocalProxy(LocalProcess):
         logs: Path | None = None,
     ) -> None:
         port = port or free_port()
-        command = [sys.executable, "-m", "mooncake_connector", "proxy", "--host", "127.0.0.1", "--port", str(port)]
+        command = [
+            sys.executable,
+            "-m",
+            "mooncake_connector",
+            "proxy",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ]
         for option, urls in (("--prefill", prefill), ("--decode", decode)):
             for url in urls:
                 command += [option, url]
@@ -277,7 +292,9 @@ def engine_environment(model: str | Path, env: Mapping[str, str] | None = None) 
     return {**defaults, **os.environ, **(env or {})}
 
 
-def start_all(processes: Sequence[LocalProcess], timeout: float = 240.0, on_progress: Progress | None = None) -> None:
+def start_all(
+    processes: Sequence[LocalProcess], timeout: float = 240.0, on_progress: Progress | None = None
+) -> None:
     """Start `processes` side by side and wait for all of them; if one fails all of them are stopped.
 
     Raises:

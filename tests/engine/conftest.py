@@ -1,0 +1,69 @@
+"""Real engines for the tests here: one cluster for the whole session, others on demand, one at a time."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.engine.harness import Cluster, Clusters, Shape, running
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.engine)
+            if item.get_closest_marker("timeout") is None:
+                # The first test pays for the start of the engines.
+                item.add_marker(pytest.mark.timeout(900))
+
+
+@pytest.fixture(scope="session")
+def _session_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running(Shape(), tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(_session_cluster: Cluster) -> Cluster:
+    """P, D and a single tiny-llama engine in float32, and the proxy; whatever a test before killed is back."""
+    for process in _session_cluster.processes:
+        if not process.alive():
+            process.start()
+    for process in _session_cluster.processes:
+        process.wait_ready(400)
+    return _session_cluster
+
+
+@pytest.fixture(scope="session")
+def clusters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clusters]:
+    """Call it with a `Shape` for a cluster of that shape."""
+    factory = Clusters(lambda name: tmp_path_factory.mktemp(f"cluster-{name}"))
+    yield factory
+    factory.close()
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    """A client without a limit on connections, and with none kept from test to test."""
+    timeout = aiohttp.ClientTimeout(total=120)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def gemma(clusters: Clusters) -> Cluster:
+    """Sliding windows beside full attention."""
+    return clusters(Shape(model="tiny-gemma3"))
+
+
+@pytest.fixture(scope="module")
+def deepseek(clusters: Clusters) -> Cluster:
+    """Multi-head latent attention."""
+    return clusters(Shape(model="tiny-deepseek"))
+
+
+@pytest.fixture(scope="module")
+def tp2(clusters: Clusters) -> Cluster:
+    """Two ranks on every engine, the single one included."""
+    return clusters(Shape(args=("--tensor-parallel-size", "2")))
