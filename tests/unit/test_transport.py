@@ -1,0 +1,333 @@
+"""Both paths over real sockets: bytes land exactly where they should, and only with leave."""
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from mooncake_connector.errors import ConfigError, TransportError
+from mooncake_connector.kv_transfer.memory import Ranges
+from mooncake_connector.kv_transfer.plan import CopyPlan
+from mooncake_connector.kv_transfer.transport import PATHS, Endpoint, Link, Receiver, open_link, process_vm
+from mooncake_connector.kv_transfer.transport.syscalls import Scatter
+from tests.unit.transport_peer import Done, Initiator, Process, random_bytes, span, until
+
+KEY = 7
+NBYTES = 24 << 20
+
+
+class Events:
+    """What a receiver told its listeners, in order."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, ...]] = []
+
+    def up(self, peer: str) -> None:
+        self.seen.append(("up", peer))
+
+    def down(self, peer: str, reason: str) -> None:
+        self.seen.append(("down", peer, reason))
+
+    def kinds(self) -> list[tuple[str, ...]]:
+        return [event[:2] for event in self.seen]
+
+
+class Local:
+    """Target and initiator in this process, with memory to write into."""
+
+    def __init__(self, path: str, connections: int = 2, nbytes: int = 1 << 20) -> None:
+        self.events = Events()
+        self.receiver = Receiver(on_link_up=self.events.up, on_link_down=self.events.down)
+        self.source = random_bytes(nbytes, 3)
+        self.memory = np.zeros(nbytes, np.uint8)
+        self.downs: list[str] = []
+        self.link = self.open(path, self.receiver.admit("p"), connections)
+
+    def open(self, path: str, endpoint: Endpoint, connections: int = 2) -> Link:
+        return open_link(path, endpoint, name="test", connections=connections, on_down=self.downs.append)
+
+    def plan(self, src: int, dst: int, length: int) -> CopyPlan:
+        return CopyPlan.of(
+            np.array([self.source.ctypes.data + src], np.uint64),
+            np.array([self.memory.ctypes.data + dst], np.uint64),
+            np.array([length], np.uint64),
+        )
+
+    def write(self, key: int, plan: CopyPlan) -> str | None:
+        done = Done()
+        self.link.write(key, plan, done)
+        return done.wait()
+
+    def grant(self, key: int, start: int, nbytes: int, peer: str = "p") -> None:
+        self.receiver.grant(key, peer, span(self.memory.ctypes.data + start, nbytes))
+
+    def close(self) -> None:
+        self.link.close()
+        self.receiver.close()
+
+
+@pytest.fixture(params=PATHS)
+def local(request: pytest.FixtureRequest) -> Iterator[Local]:
+    local = Local(request.param)
+    yield local
+    local.close()
+
+
+@pytest.fixture(scope="module")
+def initiator() -> Iterator[Process]:
+    process = Process(Initiator, NBYTES, 5)
+    yield process
+    process.end()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("connections", [1, 2, 4])
+@pytest.mark.parametrize("size", [512, 3000, 1 << 16, 9 << 20])
+def test_scattered_write_from_another_process(
+    initiator: Process, path: str, connections: int, size: int
+) -> None:
+    events = Events()
+    receiver = Receiver(on_link_up=events.up)
+    memory = np.zeros(NBYTES, np.uint8)
+    count = min(NBYTES // size, 12_000)
+    order = np.random.default_rng(size).permutation(count) * size
+    receiver.grant(
+        KEY, "p", Ranges.of(memory.ctypes.data + order[: count // 2 + 1], np.full(count // 2 + 1, size))
+    )
+    initiator.call("open", path, receiver.admit("p"), connections)
+    expected = memory.copy()
+    source = random_bytes(NBYTES, 5)
+    blocks = range(count // 2 + 1)
+    for at in blocks:
+        expected[order[at] : order[at] + size] = source[at * size : (at + 1) * size]
+    where = [int(memory.ctypes.data + order[at]) for at in blocks]
+    assert initiator.call("write", KEY, [at * size for at in blocks], where, [size] * len(blocks)) is None
+    assert np.array_equal(memory, expected)
+    landed = receiver.revoke(KEY)
+    assert (landed.nbytes, landed.writes) == (size * len(blocks), 1)
+    assert events.seen == [("up", "p")]
+    initiator.call("close")
+    receiver.close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_hosts(host: str) -> None:
+    receiver = Receiver(host)
+    link = open_link("tcp", receiver.admit("p"), name="t", on_down=lambda reason: None)
+    done = Done()
+    memory = np.zeros(8, np.uint8)
+    receiver.grant(1, "p", span(memory.ctypes.data, 8))
+    one = np.ones(8, np.uint8)
+    at = np.array([one.ctypes.data]), np.array([memory.ctypes.data]), np.array([8])
+    link.write(1, CopyPlan.of(*at), done)
+    assert done.wait() is None
+    assert memory.tolist() == [1] * 8
+    link.close()
+    receiver.close()
+
+
+def test_writes_outside_the_grant_are_refused(local: Local) -> None:
+    local.grant(KEY, 4096, 4096)
+    for start, length in [(0, 4096), (4095, 2), (8191, 2), (8192, 1), (0, 1 << 20)]:
+        assert "outside" in str(local.write(KEY, local.plan(0, start, length)))
+    assert not local.memory.any()
+    assert local.write(KEY, local.plan(0, 4096, 4096)) is None
+    assert np.array_equal(local.memory[4096:8192], local.source[:4096])
+    assert np.count_nonzero(local.memory) == 4096
+    assert local.downs == []
+
+
+def test_one_piece_outside_refuses_the_write_but_not_the_link(local: Local) -> None:
+    local.grant(KEY, 0, 600 << 10)
+    assert "outside" in str(local.write(KEY, local.plan(0, 0, 1 << 20)))
+    assert not local.memory[600 << 10 :].any()
+    assert local.receiver.revoke(KEY).writes == 0
+
+
+def test_keys_of_other_peers_and_unknown_keys_are_refused(local: Local) -> None:
+    local.grant(KEY, 0, 1 << 20, peer="another")
+    for key in (KEY, KEY + 1):
+        assert "no grant" in str(local.write(key, local.plan(0, 0, 300 << 10)))
+    assert not local.memory.any()
+
+
+def test_revoked_key_can_be_granted_again(local: Local) -> None:
+    local.grant(KEY, 0, 4096)
+    assert local.write(KEY, local.plan(0, 0, 10)) is None
+    assert (local.receiver.revoke(KEY).nbytes, local.receiver.revoke(KEY).nbytes) == (10, 0)
+    assert "no grant" in str(local.write(KEY, local.plan(0, 0, 20)))
+    local.grant(KEY, 0, 4096)
+    with pytest.raises(TransportError, match="granted already"):
+        local.grant(KEY, 0, 1)
+    assert local.write(KEY, local.plan(0, 0, 20)) is None
+    assert np.count_nonzero(local.memory) == 20
+
+
+def test_empty_write_is_answered(local: Local) -> None:
+    empty = CopyPlan.of(np.array([], np.uint64), np.array([], np.uint64), np.array([], np.uint64))
+    assert "no grant" in str(local.write(KEY, empty))
+    local.grant(KEY, 0, 1)
+    assert local.write(KEY, empty) is None
+
+
+def test_many_concurrent_writes_each_end_once(local: Local) -> None:
+    rows = 400
+    size = (1 << 20) // rows
+    local.grant(KEY, 0, 1 << 20)
+    dones = [Done() for _ in range(rows)]
+
+    def run(first: int) -> None:
+        for row in range(first, rows, 4):
+            local.link.write(KEY, local.plan(row * size, row * size, size), dones[row])
+
+    threads = [threading.Thread(target=run, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [done.wait() for done in dones] == [None] * rows
+    assert np.array_equal(local.memory[: rows * size], local.source[: rows * size])
+    assert local.receiver.revoke(KEY).writes == rows
+    assert [len(done.reasons) for done in dones] == [1] * rows
+
+
+def test_close_ends_every_write_once(local: Local) -> None:
+    local.grant(KEY, 0, 1 << 20)
+    dones = [Done() for _ in range(200)]
+    for done in dones:
+        local.link.write(KEY, local.plan(0, 0, 1 << 20), done)
+    local.link.close()
+    late = Done()
+    local.link.write(KEY, local.plan(0, 0, 8), late)
+    assert "closed" in str(late.wait(0))
+    assert {str(done.wait()) for done in dones} <= {"None", "the link was closed here"}
+    until(lambda: ("down", "p") in local.events.kinds(), 1, "the target hears of it")
+    assert all(len(done.reasons) == 1 for done in [*dones, late])
+    assert local.downs == []
+
+
+def test_drop_closes_the_link_without_telling_its_owner(local: Local) -> None:
+    until(lambda: bool(local.events.seen), 2, "link up")
+    local.receiver.drop("p")
+    until(lambda: bool(local.downs), 1, "the initiator hears of it")
+    assert len(local.downs) == 1
+    assert local.events.seen == [("up", "p")]
+
+
+def test_new_admission_replaces_the_link(local: Local) -> None:
+    until(lambda: bool(local.events.seen), 2, "link up")
+    endpoint = local.receiver.admit("p")
+    assert local.events.kinds() == [("up", "p"), ("down", "p")]
+    again = local.open("tcp", endpoint)
+    local.grant(KEY, 0, 4096)
+    done = Done()
+    again.write(KEY, local.plan(0, 0, 4096), done)
+    assert done.wait() is None
+    assert local.events.kinds() == [("up", "p"), ("down", "p"), ("up", "p")]
+    assert len(local.downs) == 1
+    again.close()
+
+
+@pytest.mark.parametrize("token", [b"", b"x" * 32, b"x" * 1000])
+def test_unknown_tokens_are_refused(local: Local, token: bytes) -> None:
+    until(lambda: bool(local.events.seen), 2, "link up")
+    good = local.receiver.admit("q")
+    link = local.open("tcp", Endpoint(good.host, good.port, token))
+    local.grant(KEY, 0, 4096)
+    done = Done()
+    link.write(KEY, local.plan(0, 0, 4096), done)
+    assert "token is unknown" in str(done.wait())
+    assert local.write(KEY, local.plan(0, 0, 1)) is None
+
+
+def test_a_token_admits_one_link(local: Local) -> None:
+    endpoint = local.receiver.admit("q")
+    first = local.open("tcp", endpoint)
+    until(lambda: ("up", "q") in local.events.seen, 2, "link up")
+    done = Done()
+    local.open("tcp", endpoint).write(KEY, local.plan(0, 0, 8), done)
+    assert "one link only" in str(done.wait())
+    local.grant(KEY, 0, 8, peer="q")
+    done = Done()
+    first.write(KEY, local.plan(0, 0, 8), done)
+    assert done.wait() is None
+    first.close()
+
+
+def test_nobody_listens() -> None:
+    downs: list[str] = []
+    receiver = Receiver()
+    endpoint = receiver.admit("p")
+    receiver.close()
+    link = open_link("tcp", endpoint, name="t", on_down=downs.append)
+    until(lambda: bool(downs), 2, "the refused connection is told")
+    assert "can't connect" in downs[0]
+    link.close()
+
+
+def test_bad_settings_are_named() -> None:
+    with pytest.raises(ConfigError, match="advertise"):
+        Receiver("0.0.0.0")
+    receiver = Receiver()
+    endpoint = receiver.admit("p")
+    with pytest.raises(TransportError, match="port 0"):
+        Receiver(port=endpoint.port)
+    with pytest.raises(TransportError, match="process_vm, tcp"):
+        open_link("pigeon", endpoint, name="t", on_down=print)
+    with pytest.raises(TransportError, match="connections=0"):
+        open_link("tcp", endpoint, name="t", connections=0, on_down=print)
+    with pytest.raises(TransportError, match="64 bits"):
+        receiver.grant(-1, "p", span(0, 1))
+    receiver.close()
+
+
+def test_a_failing_listener_harms_nobody(local: Local) -> None:
+    local.grant(KEY, 0, 4096)
+
+    def fail(reason: str | None) -> None:
+        raise RuntimeError("planted")
+
+    for _ in range(4):
+        local.link.write(KEY, local.plan(0, 0, 16), fail)
+    assert local.write(KEY, local.plan(0, 0, 16)) is None
+
+
+def test_unreadable_source_is_refused() -> None:
+    local = Local("process_vm")
+    local.grant(KEY, 0, 4096)
+    nowhere = CopyPlan.of(np.array([4096]), np.array([local.memory.ctypes.data]), np.array([64]))
+    assert "Bad address" in str(local.write(KEY, nowhere))
+    assert local.write(KEY, local.plan(0, 0, 64)) is None
+    local.close()
+
+
+def test_readable_says_why_not() -> None:
+    own = process_vm.identity()
+    process_vm.allow_reader(own.pid)
+    assert process_vm.readable(own) is None
+    kind = type(own)
+    cases = {
+        "another host": kind(own.pid, "elsewhere", own.probe_address, own.probe_value),
+        "no such process": kind(2**22, own.host_id, own.probe_address, own.probe_value),
+        "is not the peer": kind(own.pid, own.host_id, own.probe_address, bytes(16)),
+        "Bad address": kind(own.pid, own.host_id, 4096, own.probe_value),
+        "no probe": kind(own.pid, own.host_id, own.probe_address, b""),
+    }
+    for reason, identity in cases.items():
+        assert reason in str(process_vm.readable(identity))
+
+
+def test_scatter_advances_over_any_cut() -> None:
+    length = np.array([3, 5, 1, 8], np.uint64)
+    address = np.array([100, 200, 300, 400], np.uint64)
+    whole = [a + i for a, n in zip(address.tolist(), length.tolist(), strict=True) for i in range(n)]
+    for first in range(len(whole)):
+        for second in range(len(whole) - first):
+            data = Scatter(address, length)
+            data.advance(first)
+            data.advance(second)
+            assert data.left == len(whole) - first - second
+            rows = data._iov[data._at :].tolist()
+            assert [a + i for a, n in rows for i in range(n)] == whole[first + second :]
+            assert data.count == len(rows)
