@@ -1,0 +1,79 @@
+"""A proxy in this process, fake engines beside it, a client; everything over loopback sockets."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import pytest
+
+from mooncake_connector.scheduler.proxy import Proxy
+from mooncake_connector.scheduler.settings import ProxySettings
+from tests.proxy.fakes import FakeEngine
+
+
+@dataclass
+class Setting:
+    """A proxy with its engines. `http` has the proxy as base URL."""
+
+    proxy: Proxy
+    url: str
+    http: aiohttp.ClientSession
+    prefill: list[FakeEngine]
+    decode: list[FakeEngine]
+
+    async def settled(self, check: Callable[[Proxy], bool], within: float = 5.0) -> None:
+        """Wait until the proxy's pools are as `check` wants."""
+        async with asyncio.timeout(within):
+            while not check(self.proxy):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    def count(self, metric: str, **labels: str) -> float:
+        """Value of one of the proxy's counters, 0 if it never moved."""
+        return self.proxy.metrics.registry.get_sample_value(f"mooncake_proxy_{metric}", labels) or 0.0
+
+
+Start = Callable[..., Awaitable[Setting]]
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Start]:
+    """Start engines and a proxy: start(1, 2, order="serial") has one prefill and two decode engines."""
+    async with AsyncExitStack() as stack:
+
+        async def build(
+            prefill: int | list[FakeEngine] = 1,
+            decode: int | list[FakeEngine] = 1,
+            *,
+            ready: bool = True,
+            **settings: Any,
+        ) -> Setting:
+            ps = prefill if isinstance(prefill, list) else [FakeEngine("kv_producer") for _ in range(prefill)]
+            ds = decode if isinstance(decode, list) else [FakeEngine("kv_consumer") for _ in range(decode)]
+            for engine in [*ps, *ds]:
+                if not engine.port:
+                    await engine.start()
+                stack.push_async_callback(engine.stop)
+            options = {"port": 0, "check_seconds": 0.1, "drain_seconds": 1, **settings}
+            options["prefill"] = tuple(engine.url for engine in ps)
+            options["decode"] = tuple(engine.url for engine in ds)
+            proxy = Proxy(ProxySettings(**options))
+            port = await stack.enter_async_context(proxy.open())
+            url = f"http://127.0.0.1:{port}"
+            http = await stack.enter_async_context(aiohttp.ClientSession(url))
+            setting = Setting(proxy, url, http, ps, ds)
+            if ready:
+                await setting.settled(lambda proxy: all(instance.up for instance in proxy.pool))
+            return setting
+
+        yield build
+
+
+def free_port() -> int:
+    """A port nobody listens on right now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

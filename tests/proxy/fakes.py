@@ -1,0 +1,186 @@
+"""Engines on real sockets that speak as much of vLLM's HTTP as the proxy sees, and fail on command."""
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+from multidict import CIMultiDict
+
+MODEL = "tiny"
+DONE = b"data: [DONE]\n\n"
+
+
+def events(count: int = 5) -> list[bytes]:
+    """A completion stream whose spacing and key order no JSON library would produce by itself."""
+    found = []
+    for at in range(count):
+        choice = f'{{"text" : "w{at} \\u00e9", "index":0,"logprobs":null,  "finish_reason":null}}'
+        found.append(f'data: {{"id":"c","object":"text_completion","choices":[{choice}]}}\n\n'.encode())
+    return [*found, DONE]
+
+
+@dataclass
+class Call:
+    """One generation request as the engine saw it; times from time.monotonic()."""
+
+    path: str
+    body: dict[str, Any]
+    raw: bytes
+    headers: CIMultiDict[str]
+    started: float
+    ended: float = 0.0
+    aborted: bool = False
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.body.get("kv_transfer_params") or {}
+
+
+class FakeEngine:
+    """Answers probes and generation requests.
+
+    `failures` is used up one per generation request: a status, "reset" (before the answer begins), "hang",
+    or "event" (status 200 with an error as first event); when empty, requests succeed.
+    """
+
+    def __init__(self, role: str, **probe: Any) -> None:
+        self.engine_id = f"engine-{uuid.uuid4().hex[:8]}"
+        self.role = role
+        self.probe_changes = probe
+        self.connector = True
+        self.calls: list[Call] = []
+        self.probes = 0
+        self.failures: list[int | str] = []
+        self.delay = 0.0
+        self.gap = 0.0
+        self.stream = events()
+        self.break_after: int | None = None
+        self.answer = (
+            b'{"id":"x", "choices":[{"text":"hi","index":0,"finish_reason":"stop"}],  "object":"text"}'
+        )
+        self.healthy = True
+        self.port = 0
+        self._runner: web.AppRunner | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def side_port(self) -> int:
+        return 40000 + self.port % 1000
+
+    async def start(self) -> None:
+        app = web.Application(client_max_size=1 << 28)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/completions", self._generate)
+        app.router.add_post("/v1/chat/completions", self._generate)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+        self.port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        if self._runner:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def call(self, index: int = 0) -> Call:
+        """The generation request number `index`, once it is there."""
+        async with asyncio.timeout(5):
+            while len(self.calls) <= index:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+        return self.calls[index]
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response(status=200 if self.healthy else 503)
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response(
+            {"object": "list", "data": [{"id": MODEL, "object": "model"}, {"id": "lora"}]}
+        )
+
+    def _probe_answer(self) -> web.Response:
+        self.probes += 1
+        info = {
+            "engine_id": self.engine_id,
+            "incarnation": f"{self.engine_id}-1",
+            "host": "127.0.0.1",
+            "port": self.side_port,
+            "tp_size": 2,
+            "pp_size": 1,
+            "block_size": 32,
+            "max_model_len": 2048,
+            "layout": "layout-a",
+            "model": MODEL,
+            "dtype": "float32",
+            "role": self.role,
+            "version": "0.1.0",
+            "protocol": 1,
+            "addition_of_a_later_version": True,
+        } | self.probe_changes
+        return web.json_response({"choices": []} | ({"kv_transfer_params": info} if self.connector else {}))
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        raw = await request.read()
+        body = json.loads(raw)
+        if (body.get("kv_transfer_params") or {}).get("probe"):
+            assert body["max_tokens"] == 1
+            assert body["model"] == MODEL
+            return self._probe_answer()
+        call = Call(request.path, body, raw, request.headers.copy(), time.monotonic())
+        self.calls.append(call)
+        try:
+            return await self._answer(request, call)
+        except (asyncio.CancelledError, ConnectionResetError):
+            call.aborted = True
+            raise
+        finally:
+            call.ended = time.monotonic()
+            call.over.set()
+
+    async def _answer(self, request: web.Request, call: Call) -> web.StreamResponse:
+        failure = self.failures.pop(0) if self.failures else None
+        if failure == "reset":
+            request.transport.abort()
+            return web.Response()
+        if failure == "hang":
+            await asyncio.sleep(60)
+        await asyncio.sleep(self.delay)
+        if isinstance(failure, int):
+            error = {
+                "message": f"engine says {failure}",
+                "type": "EngineError",
+                "param": None,
+                "code": failure,
+            }
+            return web.json_response({"error": error}, status=failure)
+        if call.params.get("do_remote_decode"):
+            handed = {
+                "transfer_id": call.params["transfer_id"],
+                "remote_engine_id": self.engine_id,
+                "serial": True,
+            }
+            return web.json_response({"choices": [], "kv_transfer_params": handed})
+        if not call.body.get("stream"):
+            return web.Response(body=self.answer, content_type="application/json")
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        if failure == "event":
+            await response.write(b'data: {"error": {"message": "load failed", "code": 500}}\n\n')
+            return response
+        for at, chunk in enumerate(self.stream):
+            if at == self.break_after:
+                with contextlib.suppress(Exception):
+                    request.transport.abort()
+                return response
+            await response.write(chunk)
+            await asyncio.sleep(self.gap)
+        return response
