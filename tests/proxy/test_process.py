@@ -91,7 +91,7 @@ async def test_a_stream_that_does_not_end_is_cut(engines: tuple[FakeEngine, Fake
                 with pytest.raises(aiohttp.ClientPayloadError):
                     await reply.content.read()
         assert await asyncio.wait_for(process.wait(), 5) == 0
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10
         await asyncio.wait_for(decode.calls[0].over.wait(), 1)
         assert decode.calls[0].aborted
     finally:
