@@ -1,0 +1,153 @@
+"""Rows of figures: printed as a table, and with --json written to a file beside machine and versions."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TypedDict
+
+
+class Row(TypedDict, total=False):
+    """One figure.
+
+    Keys:
+        benchmark: the program, e.g. ``transfer``.
+        subject: ours, a peer, or a limit such as ``memcpy``.
+        case: the parameters, e.g. ``{"page_bytes": 65536}``.
+        metric, value, unit: what was measured; `value` is the median, or None if `note` says why.
+        min, max, samples: the spread of `value`, and of how many measurements.
+    """
+
+    benchmark: str
+    subject: str
+    case: dict[str, object]
+    metric: str
+    value: float | None
+    unit: str
+    min: float
+    max: float
+    samples: int
+    note: str
+
+
+def row(
+    benchmark: str, subject: str, case: dict[str, object], metric: str, samples: Sequence[float], unit: str
+) -> Row:
+    """The row of some measurements: their median and spread.
+
+    Raises:
+        ValueError: There are none; say so by `not_run`.
+    """
+    if not samples:
+        raise ValueError(f"{subject}, {metric}: no measurements")
+    return Row(
+        benchmark=benchmark,
+        subject=subject,
+        case=case,
+        metric=metric,
+        value=round(statistics.median(samples), 4),
+        unit=unit,
+        min=round(min(samples), 4),
+        max=round(max(samples), 4),
+        samples=len(samples),
+    )
+
+
+def not_run(
+    benchmark: str, subject: str, metric: str, unit: str, why: str, case: dict[str, object] | None = None
+) -> Row:
+    """The row of a subject that could not be measured."""
+    return Row(
+        benchmark=benchmark, subject=subject, case=case or {}, metric=metric, value=None, unit=unit, note=why
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that all benchmarks share."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows, machine and versions")
+
+
+def publish(rows: Sequence[Row], file: Path | None, packages: Iterable[str] = ()) -> None:
+    """Print the table and, if a file is given, write the rows with machine and versions.
+
+    Args:
+        packages: distributions whose versions matter here; those not installed are left out.
+    """
+    print(table(rows))
+    if file is None:
+        return
+    document = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(packages),
+        "rows": rows,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"written: {file}")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as text: a line for each subject and metric, a column for each case."""
+    cases = list(dict.fromkeys(_case(row) for row in rows if row.get("case")))
+    lines = [["subject", "metric", *(cases or [""])]]
+    for subject, metric in dict.fromkeys((row["subject"], row["metric"]) for row in rows):
+        mine = [row for row in rows if (row["subject"], row["metric"]) == (subject, metric)]
+        cells = {_case(row): _cell(row) for row in mine}
+        unit = mine[0]["unit"]
+        why = next((row["note"] for row in mine if row.get("note")), "")
+        lines.append([subject, f"{metric} {unit}", *(cells.get(case, "-") for case in cases or [""])])
+        if why:
+            lines[-1] = [subject, f"{metric} {unit}", why]
+    widths = [
+        max(len(line[at]) for line in lines if at < len(line) and len(line) == len(lines[0]))
+        for at in range(len(lines[0]))
+    ]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)) for line in lines]
+    return "\n".join(line.rstrip() for line in text)
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "kernel": platform.release(),
+        "system": platform.system(),
+    }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of the distributions that are installed."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _case(row: Row) -> str:
+    return ", ".join(f"{name}={value}" for name, value in row.get("case", {}).items())
+
+
+def _cell(row: Row) -> str:
+    value = row.get("value")
+    if value is None:
+        return "not run"
+    spread = f" ({row['min']:.3g}-{row['max']:.3g})" if "min" in row else ""
+    return f"{value:.3g}{spread}"
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
