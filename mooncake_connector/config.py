@@ -1,0 +1,111 @@
+"""The connector's settings, from ``kv_connector_extra_config`` and ``MOONCAKE_*`` variables.
+
+The environment overrides the configuration, so that one container can be pinned without editing a shared
+manifest.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from mooncake_connector.errors import ConfigError
+
+ENV_PREFIX = "MOONCAKE_"
+
+Path = Literal["auto", "process_vm", "tcp"]
+
+
+class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Settings of one engine's connector.
+
+    Attributes:
+        side_channel_host: address the control and data sockets bind to and are announced with. The default
+            serves engines of one host; across hosts give an address that the peers can reach.
+        side_channel_port: 0 binds ephemeral ports, which the probe announces. Otherwise rank r's control
+            socket binds ``port + 2r`` and its data socket ``port + 2r + 1``.
+        path: ``auto`` takes process_vm where a trial read works and tcp elsewhere; a name forces it.
+        connections: data connections per peer; writes are striped over them.
+        lease_s: how long prefill keeps a finished request's KV for a decode side it does not hear from [s].
+        heartbeat_s: how often decode renews the leases it lives on [s].
+        peer_timeout_s: a peer that owes an answer and stays silent this long is given up [s].
+        load_timeout_s: decode's deadline for a whole load; then it recomputes [s].
+        match_timeout_s: how long prefill keeps a reservation for a request it never received [s].
+        handshake_timeout_s: deadline for reaching a prefill engine and agreeing with it [s].
+        push_layer_stride: wake the pusher after this many layers of a running step; 0 chooses an eighth of
+            the layers, ``layers + 1`` or more pushes at the end of each step only.
+    """
+
+    side_channel_host: str = "127.0.0.1"
+    side_channel_port: int = 0
+    path: Path = "auto"
+    connections: int = 2
+    lease_s: float = 30.0
+    heartbeat_s: float = 5.0
+    peer_timeout_s: float = 12.0
+    load_timeout_s: float = 120.0
+    match_timeout_s: float = 5.0
+    handshake_timeout_s: float = 3.0
+    push_layer_stride: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.side_channel_port <= 65000:
+            raise ConfigError(
+                f"side_channel_port must be 0 (ephemeral) to 65000, got {self.side_channel_port}"
+            )
+        if not 1 <= self.connections <= 16:
+            raise ConfigError(f"connections must be 1 to 16, got {self.connections}")
+        if self.push_layer_stride < 0:
+            raise ConfigError(
+                f"push_layer_stride must be 0 (automatic) or more, got {self.push_layer_stride}"
+            )
+        for name in ("lease_s", "heartbeat_s", "peer_timeout_s", "load_timeout_s", "match_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.handshake_timeout_s <= 0:
+            raise ConfigError(f"handshake_timeout_s must be positive, got {self.handshake_timeout_s}")
+        if self.lease_s < 2 * self.heartbeat_s:
+            raise ConfigError(
+                f"lease_s ({self.lease_s}) must be at least twice heartbeat_s ({self.heartbeat_s}): one lost "
+                "heartbeat would drop live KV; raise lease_s or lower heartbeat_s"
+            )
+
+
+def load_connector_config(
+    extra: Mapping[str, Any] | None, environ: Mapping[str, str] | None = None
+) -> ConnectorConfig:
+    """Merge ``kv_connector_extra_config`` with ``MOONCAKE_*`` variables (which win).
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or a value out of range.
+    """
+    environ = os.environ if environ is None else environ
+    values = dict(extra or {})
+    hints = get_type_hints(ConnectorConfig)
+    for name in ConnectorConfig.__struct_fields__:
+        if (raw := environ.get(ENV_PREFIX + name.upper())) is not None:
+            values[name] = _parse(name, raw, hints[name])
+    unknown = sorted(set(values) - set(ConnectorConfig.__struct_fields__))
+    if unknown:
+        raise ConfigError(
+            f"unknown setting {unknown[0]!r} in kv_connector_extra_config; "
+            f"known: {', '.join(ConnectorConfig.__struct_fields__)}"
+        )
+    try:
+        return msgspec.convert(values, ConnectorConfig)
+    except msgspec.ValidationError as e:
+        raise ConfigError(f"kv_connector_extra_config: {e}") from e
+
+
+def _parse(name: str, raw: str, hint: Any) -> Any:
+    if hint is str or get_origin(hint) is Literal:
+        if get_args(hint) and raw not in get_args(hint):
+            raise ConfigError(
+                f"{ENV_PREFIX}{name.upper()}={raw!r}: choose one of {', '.join(get_args(hint))}"
+            )
+        return raw
+    try:
+        return hint(raw)
+    except ValueError:
+        raise ConfigError(f"{ENV_PREFIX}{name.upper()}={raw!r} is not a number") from None

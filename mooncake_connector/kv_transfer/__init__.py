@@ -1,0 +1,1 @@
+"""KV transfer: layouts, plans, transports and the push protocol. Imports no engine."""

@@ -1,0 +1,212 @@
+"""Wire messages of the side channel: tagged msgspec structs in msgpack, one ZeroMQ frame each.
+
+The *prefill worker* listens (ROUTER); *decode workers* and its own scheduler connect (DEALER). Block ids
+travel as int32 little-endian bytes. `key` names one reservation for ever: a message about a reservation that
+is gone is ignored.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from mooncake_connector.kv_transfer.layout import BlockIds, WorkerInfo
+from mooncake_connector.kv_transfer.push import Want
+from mooncake_connector.kv_transfer.transport.base import Endpoint, SourceIdentity
+
+PROTOCOL = 1
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of all messages."""
+
+
+# --- handshake: decode worker <-> prefill worker
+
+
+class Hello(Message, frozen=True):
+    """Decode asks to be served by the prefill rank that matches its own; `pid` is who may read our memory."""
+
+    info: WorkerInfo
+    pid: int
+
+
+class Redirect(Message, frozen=True):
+    """The matching rank listens elsewhere."""
+
+    address: str
+
+
+class Welcome(Message, frozen=True):
+    info: WorkerInfo
+    identity: SourceIdentity
+
+
+class Refused(Message, frozen=True):
+    reason: str
+
+
+class OpenLink(Message, frozen=True):
+    """Decode chose the path; prefill opens the data connections."""
+
+    path: str
+    endpoint: Endpoint
+    connections: int
+
+
+# --- transfers: decode worker <-> prefill worker
+
+
+class WantBlocks(msgspec.Struct, frozen=True):
+    """One group's wanted blocks: positions in the block table, and decode's block ids (both int32 bytes)."""
+
+    index: bytes
+    block: bytes
+
+
+class Reserve(Message, frozen=True):
+    key: int
+    transfer_id: str
+    prompt_hash: bytes
+    num_tokens: int
+    want: tuple[WantBlocks, ...]
+
+
+class Cancel(Message, frozen=True):
+    key: int
+
+
+class Release(Message, frozen=True):
+    """Decode will not reserve this request's KV (its own cache has it all, or it rejected the request)."""
+
+    transfer_id: str
+    prompt_hash: bytes
+
+
+class Done(Message, frozen=True):
+    """Every byte has landed.
+
+    Attributes:
+        nbytes: bytes moved for this reservation.
+        early_bytes: of these, landed before the prefill's last chunk ended.
+        push_s: from the first write to the last byte landed.
+    """
+
+    key: int
+    nbytes: int
+    early_bytes: int
+    push_s: float
+
+
+class Failed(Message, frozen=True):
+    """The load will not complete; no write is in flight."""
+
+    key: int
+    reason: str
+
+
+class CancelAck(Message, frozen=True):
+    key: int
+
+
+class Heartbeat(Message, frozen=True):
+    """Decode renews the leases of these reservations."""
+
+    keys: tuple[int, ...]
+
+
+class HeartbeatAck(Message, frozen=True):
+    """Prefill does not know these reservations: they are over, and the message that said so was lost."""
+
+    unknown: tuple[int, ...]
+
+
+# --- the engine's own scheduler -> its workers; `token` proves it
+
+
+class LocalDirectory(Message, frozen=True):
+    """Control addresses of all ranks."""
+
+    token: bytes
+    addresses: tuple[str, ...]
+
+
+class LocalExpect(Message, frozen=True):
+    """A request to prefill for others has arrived."""
+
+    token: bytes
+    request_id: str
+    transfer_id: str
+    prompt_hash: bytes
+
+
+class LocalReserve(Message, frozen=True):
+    """A request's blocks are allocated: have them filled by the prefill engine at `address`."""
+
+    token: bytes
+    request_id: str
+    engine_id: str
+    address: str
+    transfer_id: str
+    prompt_hash: bytes
+    num_tokens: int
+    want: tuple[WantBlocks, ...]
+
+
+class LocalAbort(Message, frozen=True):
+    token: bytes
+    request_id: str
+
+
+class LocalRelease(Message, frozen=True):
+    token: bytes
+    engine_id: str
+    address: str
+    transfer_id: str
+    prompt_hash: bytes
+
+
+AnyMessage = (
+    Hello
+    | Redirect
+    | Welcome
+    | Refused
+    | OpenLink
+    | Reserve
+    | Cancel
+    | Release
+    | Done
+    | Failed
+    | CancelAck
+    | Heartbeat
+    | HeartbeatAck
+    | LocalDirectory
+    | LocalExpect
+    | LocalReserve
+    | LocalAbort
+    | LocalRelease
+)
+
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(AnyMessage).decode
+
+
+def pack_blocks(ids: Sequence[int] | BlockIds) -> bytes:
+    return np.asarray(ids, "<i4").tobytes()
+
+
+def unpack_blocks(raw: bytes) -> BlockIds:
+    """Raises ValueError if `raw` is not a whole number of int32."""
+    return np.frombuffer(raw, "<i4").astype(np.int64)
+
+
+def pack_want(want: Sequence[Want]) -> tuple[WantBlocks, ...]:
+    return tuple(WantBlocks(pack_blocks(w.index), pack_blocks(w.block)) for w in want)
+
+
+def unpack_want(want: Sequence[WantBlocks]) -> tuple[Want, ...]:
+    """Raises ValueError if an entry is malformed."""
+    unpacked = tuple(Want(unpack_blocks(w.index), unpack_blocks(w.block)) for w in want)
+    if any(w.index.size != w.block.size for w in unpacked):
+        raise ValueError("block positions and block ids differ in number")
+    return unpacked

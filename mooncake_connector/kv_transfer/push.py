@@ -1,0 +1,178 @@
+"""Which KV of a request may be pushed, and which has landed: the bookkeeping of one transfer on the prefill
+side.
+
+Sans-IO. A block is pushed once it is complete (or the prompt is), per layer, so that the first layers of a
+chunk travel while the last ones are computed. A preempted request's blocks belong to others at once: writes
+that were in flight then may have carried another request's bytes, so they count as *void* and their blocks
+are pushed again, after the void writes have ended (bytes of two writes to one block must not cross on the
+way).
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from mooncake_connector.kv_transfer.layout import BlockIds, Group
+
+
+class Clock(Protocol):
+    """How far the engine's forward passes are."""
+
+    def layer_done(self, layer: int, step: int) -> bool:
+        """Whether `layer` has written its KV of step number `step`."""
+
+
+class Want(msgspec.Struct, frozen=True, eq=False):
+    """What decode wants of one group.
+
+    Attributes:
+        index: int64 [n], positions of the blocks in the request's block table, ascending.
+        block: int64 [n], decode's block ids for them.
+    """
+
+    index: BlockIds
+    block: BlockIds
+
+
+class Span(msgspec.Struct, frozen=True):
+    """Entries ``[begin, end)`` of the layer's group's `Want`."""
+
+    layer: int
+    begin: int
+    end: int
+
+
+class Write(msgspec.Struct, frozen=True, eq=False):
+    """One submission: per layer the source blocks and the target blocks (int64, equal lengths)."""
+
+    op: int
+    spans: tuple[Span, ...]
+    source: dict[int, BlockIds]
+    target: dict[int, BlockIds]
+
+
+class PushProgress:
+    """Progress of one request's push.
+
+    Args:
+        groups: KV cache groups of the layout.
+        layer_groups: group of each layer.
+    """
+
+    def __init__(self, groups: Sequence[Group], layer_groups: Sequence[int]) -> None:
+        self._groups = groups
+        self._layer_groups = layer_groups
+        self._num_tokens = 0
+        self._want: Sequence[Want] | None = None
+        self._table: list[list[int]] = [[] for _ in groups]
+        self._pushed = [0] * len(layer_groups)
+        self._ready = 0
+        self._step = -1
+        self._step_ready = 0
+        self._in_flight: dict[int, tuple[Span, ...]] = {}
+        self._void: set[int] = set()
+        self._next_op = 0
+
+    def reserve(self, num_tokens: int, want: Sequence[Want]) -> None:
+        """Decode wants these blocks, which hold the KV of the prompt's first `num_tokens` tokens."""
+        self._num_tokens, self._want = num_tokens, want
+
+    def chunk(
+        self,
+        step: int,
+        start: int,
+        end: int,
+        blocks: Sequence[Sequence[int]],
+        *,
+        replace: bool,
+        hits_ready: bool,
+    ) -> None:
+        """Step number `step` computes tokens ``[start, end)``.
+
+        Args:
+            blocks: per group, block ids to append to the request's table, or all of them if `replace`.
+            hits_ready: whether tokens before `start` are in memory already (a prefix hit may be another
+                request's
+                chunk of this very step).
+        """
+        self._ready = max(self._ready, self._step_ready)
+        if replace:
+            self._table = [list(ids) for ids in blocks]
+        else:
+            for table, ids in zip(self._table, blocks, strict=True):
+                table.extend(ids)
+        if hits_ready:
+            self._ready = max(self._ready, start)
+        self._step, self._step_ready = step, end
+
+    def preempted(self) -> None:
+        """The request's blocks were freed; what is in flight may carry other requests' bytes."""
+        self._ready = self._step_ready = 0
+        self._step = -1
+        self._table = [[] for _ in self._groups]
+        self._void |= set(self._in_flight)
+
+    def next(self, clock: Clock) -> Write | None:
+        """The next write, with everything that has become ready, or None."""
+        if self._want is None or self._void:
+            return None
+        spans = []
+        for layer, group in enumerate(self._layer_groups):
+            done = self._step >= 0 and clock.layer_done(layer, self._step)
+            tokens = max(self._ready, self._step_ready) if done else self._ready
+            end = self._complete_blocks(group, tokens)
+            if end > self._pushed[layer]:
+                spans.append(Span(layer, self._pushed[layer], end))
+        if not spans:
+            return None
+        source, target = {}, {}
+        tables = [np.asarray(t, np.int64) for t in self._table]
+        for span in spans:
+            want = self._want[self._layer_groups[span.layer]]
+            source[span.layer] = tables[self._layer_groups[span.layer]][want.index[span.begin : span.end]]
+            target[span.layer] = want.block[span.begin : span.end]
+            self._pushed[span.layer] = span.end
+        write = Write(self._next_op, tuple(spans), source, target)
+        self._in_flight[write.op] = write.spans
+        self._next_op += 1
+        return write
+
+    def ended(self, op: int) -> None:
+        """The write landed; if a preemption made it void, its blocks are due again."""
+        for span in self._in_flight.pop(op):
+            if op in self._void:
+                self._pushed[span.layer] = min(self._pushed[span.layer], span.begin)
+        self._void.discard(op)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def prefilled(self, clock: Clock) -> bool:
+        """Whether all the KV that decode wants is in memory."""
+        if self._ready >= self._num_tokens:
+            return True
+        last = len(self._layer_groups) - 1
+        return self._step >= 0 and self._step_ready >= self._num_tokens and clock.layer_done(last, self._step)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every wanted block of every layer has landed."""
+        return (
+            self._want is not None
+            and not self._in_flight
+            and all(
+                pushed == self._want[group].index.size
+                for pushed, group in zip(self._pushed, self._layer_groups, strict=True)
+            )
+        )
+
+    def _complete_blocks(self, group: int, tokens: int) -> int:
+        """How many entries of the group's want are complete once `tokens` tokens are computed."""
+        assert self._want is not None
+        want = self._want[group]
+        if tokens >= self._num_tokens:
+            return int(want.index.size)
+        return int(np.searchsorted(want.index, tokens // self._groups[group].block_size))

@@ -1,0 +1,46 @@
+"""What the scheduler side and the worker side of one engine tell each other through vLLM."""
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+)
+
+from mooncake_connector.kv_transfer.decode_end import LoadReport
+from mooncake_connector.kv_transfer.layout import WorkerInfo
+from mooncake_connector.kv_transfer.prefill_end import Chunk
+from mooncake_connector.kv_transfer.vllm.compat import WorkerMetadata
+
+
+@dataclass
+class WorkerHandshake(KVConnectorHandshakeMetadata):
+    """Where a worker's agent listens, and the token that local messages carry."""
+
+    address: str
+    token: bytes
+    info: WorkerInfo
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):
+    """Scheduler -> workers, each step: what happens to the requests that are prefilled for others.
+
+    Attributes:
+        ended: (request id, whether its blocks are held for us).
+    """
+
+    step: int
+    chunks: list[Chunk] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    ended: list[tuple[str, bool]] = field(default_factory=list)
+
+
+@dataclass
+class LoadReports(WorkerMetadata):  # type: ignore[misc]
+    """Workers -> scheduler: loads that ended in this step, of all ranks."""
+
+    reports: list[LoadReport]
+
+    def aggregate(self, other: "LoadReports") -> "LoadReports":
+        return LoadReports(self.reports + other.reports)
