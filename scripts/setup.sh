@@ -43,7 +43,7 @@ if [ "$($VENV/bin/uv --version 2>/dev/null | cut -d' ' -f2)" != "$UV_VERSION" ];
     say "installing uv $UV_VERSION"
     $VENV/bin/python -m pip install --quiet --disable-pip-version-check "uv==$UV_VERSION"
 fi
-# A fresh environment imports torch and vLLM dozens of times: compiling them once here is what makes starts quick.
+# Bytecode now, or the first dozen imports of torch and vLLM pay for it.
 uv_install() { VIRTUAL_ENV="$PWD/$VENV" $VENV/bin/uv pip install --quiet --python $VENV/bin/python "$@"; }
 
 . scripts/find_links.sh

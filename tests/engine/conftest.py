@@ -1,11 +1,13 @@
 """Real engines for the tests here: one cluster for the whole session, others on demand, one at a time."""
 
+import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import aiohttp
 import pytest
 
+from mooncake_connector.scheduler.actuator.local import PreloadedVllm, engine_environment
 from tests.engine.harness import Cluster, Clusters, Shape, running
 
 
@@ -19,14 +21,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def _session_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with running(Shape(), tmp_path_factory.mktemp("cluster")) as cluster:
+def preload() -> Iterator[PreloadedVllm | None]:
+    """Forks engines instead of starting each afresh; set MOONCAKE_TEST_PRELOAD=0 to do without."""
+    if os.environ.get("MOONCAKE_TEST_PRELOAD") == "0":
+        yield None
+        return
+    with PreloadedVllm(engine_environment(".")) as vllm:
+        yield vllm
+
+
+@pytest.fixture(scope="session")
+def _session_cluster(
+    tmp_path_factory: pytest.TempPathFactory, preload: PreloadedVllm | None
+) -> Iterator[Cluster]:
+    with running(Shape(), tmp_path_factory.mktemp("cluster"), preload) as cluster:
         yield cluster
 
 
 @pytest.fixture
 def cluster(_session_cluster: Cluster) -> Cluster:
-    """P, D and a single tiny-llama engine in float32, and the proxy; whatever a test before killed is back."""
+    """P, D and a single tiny-llama engine in float32, and the proxy; what an earlier test killed is back."""
     for process in _session_cluster.processes:
         if not process.alive():
             process.start()
@@ -36,9 +50,9 @@ def cluster(_session_cluster: Cluster) -> Cluster:
 
 
 @pytest.fixture(scope="session")
-def clusters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clusters]:
+def clusters(tmp_path_factory: pytest.TempPathFactory, preload: PreloadedVllm | None) -> Iterator[Clusters]:
     """Call it with a `Shape` for a cluster of that shape."""
-    factory = Clusters(lambda name: tmp_path_factory.mktemp(f"cluster-{name}"))
+    factory = Clusters(lambda name: tmp_path_factory.mktemp(f"cluster-{name}"), preload)
     yield factory
     factory.close()
 

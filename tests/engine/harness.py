@@ -18,6 +18,7 @@ from mooncake_connector.scheduler.actuator.local import (
     LocalEngine,
     LocalProcess,
     LocalProxy,
+    PreloadedVllm,
     push_config,
     start_all,
     stop_all,
@@ -111,14 +112,16 @@ class Cluster:
 
 
 @contextmanager
-def running(shape: Shape, logs: Path, cache: Path | None = None) -> Iterator[Cluster]:
+def running(shape: Shape, logs: Path, preload: PreloadedVllm | None = None) -> Iterator[Cluster]:
     """Start a cluster of `shape`, its engines side by side; stop everything of it in the end."""
-    folder = make(shape.model, cache)
+    folder = make(shape.model)
 
     def engine(name: str, kv_config: dict[str, Any] | None, *more: tuple[str, ...]) -> LocalEngine:
         args = [*server_args(shape.model), *shape.args, *(arg for part in more for arg in part)]
         env = {"VLLM_SERVER_DEV_MODE": "1"}  # for /reset_prefix_cache
-        return LocalEngine(folder, kv_config=kv_config, args=args, name=name, env=env, logs=logs)
+        return LocalEngine(
+            folder, kv_config=kv_config, args=args, name=name, env=env, logs=logs, preload=preload
+        )
 
     def config(role: Any, extra: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
         settings = {**dict(shape.extra), **dict(extra)}
@@ -146,10 +149,11 @@ def running(shape: Shape, logs: Path, cache: Path | None = None) -> Iterator[Clu
 
 
 class Clusters:
-    """At most one cluster of a shape other than the session's own: asking for another stops the one before."""
+    """At most one cluster beside the session's own: asking for another shape stops the one before."""
 
-    def __init__(self, logs: Callable[[str], Path]) -> None:
+    def __init__(self, logs: Callable[[str], Path], preload: PreloadedVllm | None = None) -> None:
         self._logs = logs
+        self._preload = preload
         self._shape: Shape | None = None
         self._cluster: Cluster | None = None
         self._stack = ExitStack()
@@ -161,7 +165,7 @@ class Clusters:
             or not all(p.alive() for p in self._cluster.processes)
         ):
             self.close()
-            self._cluster = self._stack.enter_context(running(shape, self._logs(shape.model)))
+            self._cluster = self._stack.enter_context(running(shape, self._logs(shape.model), self._preload))
             self._shape = shape
         return self._cluster
 
@@ -277,7 +281,7 @@ async def metric(session: aiohttp.ClientSession, url: str, name: str) -> float:
 
 
 async def kv_usage(session: aiohttp.ClientSession, url: str) -> float:
-    """The share (0 to 1) of an engine's KV blocks in use, as its own metrics have it; cached free blocks don't count."""
+    """The share (0 to 1) of an engine's KV blocks in use, by its own metrics; cached ones count as free."""
     return await metric(session, url, "vllm:kv_cache_usage_perc")
 
 
@@ -294,12 +298,12 @@ async def reset_prefix_cache(session: aiohttp.ClientSession, url: str) -> None:
 
 
 async def eventually(
-    check: Callable[[], Awaitable[bool]], timeout: float, what: str, every: float = 0.05
+    check: Callable[[], Awaitable[bool]], within: float, what: str, every: float = 0.05
 ) -> float:
-    """Wait until `check` holds; returns the seconds that took, fails with `what` after `timeout` seconds."""
+    """Wait until `check` holds; returns the seconds that took, fails with `what` after `within` seconds."""
     started = time.monotonic()
     while not await check():
         took = time.monotonic() - started
-        assert took < timeout, f"{what}: not within {timeout:g} s"
+        assert took < within, f"{what}: not within {within:g} s"
         await asyncio.sleep(every)
     return time.monotonic() - started
