@@ -289,17 +289,17 @@ class DecodeEnd:
 
     def _welcome(self, peer: _Peer, message: Welcome, now: float) -> None:
         if peer.state is not _PeerState.DIALING:
-            return None
-        if message.info.engine_id != peer.engine_id:
-            reason = (
-                f"the engine there is {message.info.engine_id} now, the request names {peer.engine_id}: "
-                "it restarted; probe it again"
-            )
-            return self.peer_lost(peer.id, reason, now)
+            return
         try:
+            if message.info.engine_id != peer.engine_id:
+                raise IncompatibleError(
+                    f"the engine there is {message.info.engine_id} now, the request names {peer.engine_id}: "
+                    "it restarted; probe it again"
+                )
             check_compatible(message.info, self._info)
         except IncompatibleError as e:
-            return self.peer_lost(peer.id, str(e), now)
+            self.peer_lost(peer.id, str(e), now)
+            return
         peer.path, why = self._ports.choose_path(message.identity)
         logger.info("KV from prefill %s comes by %s: %s", message.info.name, peer.path, why)
         peer.state = _PeerState.LINKING

@@ -301,7 +301,7 @@ class PrefillEnd:
             self._ports.send(peer, Failed(message.key, reason))
 
         if message.key in self._by_key:
-            return None  # a doubled message
+            return  # a doubled message
         if message.key in self._over:
             return refuse(self._over[message.key])
         if peer not in self._peers:
