@@ -121,6 +121,8 @@ async def test_4xx_is_the_clients_and_never_retried(start: Start, status: int):
     setting = await start(2, 2)
     for engine in [*setting.prefill, *setting.decode]:
         engine.failures = [status]
+    # Prefill refuses first: decode's own words must be waited for.
+    setting.decode[0].delay = setting.decode[1].delay = 0.1
     async with setting.http.post("/v1/completions", json=STREAM) as reply:
         assert reply.status == status
         assert (await reply.json())["error"] == {
