@@ -281,7 +281,7 @@ class WorkerAgent:
         last_tick = 0.0
         while not self._stop:
             active = self.prefill.num_transfers or self.decode.num_loads or self.clients
-            self._poller.poll(TICK_S * 1000 if active else 1000)
+            self._poller.poll(round(1000 * TICK_S) if active else 1000)
             self._guard(self._drain_inbox)
             self._guard(self._drain_sockets)
             if time.monotonic() - last_tick >= TICK_S:

@@ -1,5 +1,6 @@
-"""Prefill's end of all transfers of one worker. Sans-IO: calls come in with the time, effects go out through
-`Ports`.
+"""Prefill's end of all transfers of one worker.
+
+Sans-IO: calls come in with the time, effects go out through `PrefillPorts`.
 """
 
 import logging
@@ -296,29 +297,21 @@ class PrefillEnd:
     def _reserve(self, peer: PeerId, message: Reserve, now: float) -> None:
         id = (message.transfer_id, message.prompt_hash)
 
-        def refuse(reason: str) -> None:
-            self._remember(message.key, reason)
-            self._ports.send(peer, Failed(message.key, reason))
-
         if message.key in self._by_key:
             return  # a doubled message
-        if message.key in self._over:
-            return refuse(self._over[message.key])
-        if peer not in self._peers:
-            return refuse("say hello first")
-        if id in self._over:
-            return refuse(self._over[id])
+        transfer = self._transfers.get(id)
         try:
             want = unpack_want(message.want)
-            self._check_want(peer, want)
+            refusal = self._refusal(peer, message, want, transfer)
         except ValueError as e:
-            return refuse(f"malformed reservation: {e}")
-        transfer = self._transfers.get(id)
+            refusal = f"malformed reservation: {e}"
+        if refusal:
+            self._remember(message.key, refusal)
+            self._ports.send(peer, Failed(message.key, refusal))
+            return
         if transfer is None:
             transfer = self._add(id, SendState.UNMATCHED, now)
             transfer.deadline = now + self._config.match_timeout_s
-        elif transfer.reservation:
-            return refuse("another decode request has reserved this transfer")
         transfer.peer, transfer.reservation = peer, message.key
         self._by_key[message.key] = transfer
         transfer.progress.reserve(message.num_tokens, want)
@@ -327,6 +320,20 @@ class PrefillEnd:
         self._handle(transfer, SendEvent.RESERVE, now)
         self._push(transfer, now)
         self._settle(transfer)
+
+    def _refusal(
+        self, peer: PeerId, message: Reserve, want: Sequence[Want], transfer: _Transfer | None
+    ) -> str | None:
+        if message.key in self._over:
+            return self._over[message.key]
+        if peer not in self._peers:
+            return "say hello first"
+        if transfer is None and (message.transfer_id, message.prompt_hash) in self._over:
+            return self._over[message.transfer_id, message.prompt_hash]
+        if transfer is not None and transfer.reservation:
+            return "another decode request has reserved this transfer"
+        self._check_want(peer, want)
+        return None
 
     def _check_want(self, peer: PeerId, want: Sequence[Want]) -> None:
         layout = self._peers[peer].info.layout

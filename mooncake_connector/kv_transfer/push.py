@@ -1,5 +1,4 @@
-"""Which KV of a request may be pushed, and which has landed: the bookkeeping of one transfer on the prefill
-side.
+"""Which KV of a request may be pushed, and which has landed: prefill's bookkeeping of one transfer.
 
 Sans-IO. A block is pushed once it is complete (or the prompt is), per layer, so that the first layers of a
 chunk travel while the last ones are computed. A preempted request's blocks belong to others at once: writes
@@ -94,8 +93,7 @@ class PushProgress:
         Args:
             blocks: per group, block ids to append to the request's table, or all of them if `replace`.
             hits_ready: whether tokens before `start` are in memory already (a prefix hit may be another
-                request's
-                chunk of this very step).
+                request's chunk of this very step).
         """
         self._ready = max(self._ready, self._step_ready)
         if replace:

@@ -112,7 +112,8 @@ class Client:
 
 def _decode(raw: bytes) -> AnyMessage | None:
     try:
-        return decode(raw)
+        message: AnyMessage = decode(raw)
     except Exception as e:  # whatever a stranger sends must not stop the thread
         logger.warning("ignored a malformed message of %d bytes: %s", len(raw), e)
         return None
+    return message

@@ -1,6 +1,4 @@
-"""The vLLM connector. vLLM loads it by ``kv_connector_module_path``, or by name through
-``vllm.general_plugins``.
-"""
+"""The vLLM connector: loaded by ``kv_connector_module_path``, or by name through ``vllm.general_plugins``."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,6 +1,4 @@
-"""MooncakePushConnector: the class that vLLM loads. Splits its calls over the scheduler side and the worker
-side.
-"""
+"""MooncakePushConnector: the class that vLLM loads. Splits its calls over scheduler side and worker side."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +16,7 @@ from mooncake_connector.config import load_connector_config
 from mooncake_connector.errors import ConfigError
 from mooncake_connector.kv_transfer.session import Outcome
 from mooncake_connector.kv_transfer.vllm import compat
+from mooncake_connector.kv_transfer.vllm.logs import log_with_vllm
 from mooncake_connector.kv_transfer.vllm.metadata import StepMetadata, WorkerHandshake
 from mooncake_connector.kv_transfer.vllm.scheduler_side import SchedulerSide
 from mooncake_connector.kv_transfer.vllm.worker_side import WorkerSide
@@ -25,7 +24,7 @@ from mooncake_connector.kv_transfer.vllm.worker_side import WorkerSide
 _COMPLETED = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
 
 
-class MooncakePushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+class MooncakePushConnector(KVConnectorBase_V1, SupportsHMA):
     """vLLM's KV connector interface (``KVConnectorBase_V1``); see `SchedulerSide` and `WorkerSide`.
 
     Raises:
@@ -34,6 +33,7 @@ class MooncakePushConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[mi
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        log_with_vllm()
         config = load_connector_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
         _check_parallelism(vllm_config.parallel_config)
         self._scheduler: SchedulerSide | None = None

@@ -37,7 +37,7 @@ class StepMetadata(KVConnectorMetadata):
 
 
 @dataclass
-class LoadReports(WorkerMetadata):  # type: ignore[misc]
+class LoadReports(WorkerMetadata):
     """Workers -> scheduler: loads that ended in this step, of all ranks."""
 
     reports: list[LoadReport]
