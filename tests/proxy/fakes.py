@@ -120,6 +120,7 @@ class FakeEngine:
             "max_model_len": 2048,
             "layout": "layout-a",
             "model": MODEL,
+            "model_hash": "hash-a",
             "dtype": "float32",
             "role": self.role,
             "version": "0.1.0",

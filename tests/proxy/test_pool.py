@@ -108,6 +108,19 @@ async def test_an_incompatible_pair_is_never_used_and_both_values_are_logged(
     assert caplog.text.count("can't exchange KV") == 1
 
 
+async def test_one_model_under_two_names_is_one_model(start: Start):
+    setting = await start([FakeEngine("kv_producer", model="/elsewhere/tiny")], 1)
+    async with setting.http.get("/health") as reply:
+        assert reply.status == 200
+
+
+async def test_two_models_are_named_with_their_hashes(start: Start):
+    setting = await start([FakeEngine("kv_producer", model="other", model_hash="hash-b")], 1)
+    async with setting.http.get("/health") as reply:
+        (mismatch,) = (await reply.json())["mismatches"]
+    assert "model 'other' and 'tiny'; model_hash 'hash-b' and 'hash-a'" in mismatch
+
+
 async def test_an_engine_without_the_connector_is_named_with_the_mend(
     start: Start, caplog: pytest.LogCaptureFixture
 ):

@@ -8,7 +8,8 @@ import msgspec
 from mooncake_connector.errors import MooncakeError
 from mooncake_connector.scheduler.openai import ClientRequest
 
-MATCHING = ("protocol", "model", "dtype", "layout")
+# What the connector's own handshake compares: a pair that it would refuse is never tried.
+MATCHING = ("protocol", "model_hash", "dtype", "tp_size", "pp_size", "block_size", "layout")
 
 
 class EngineUnready(MooncakeError):
@@ -34,7 +35,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
         block_size: tokens per KV block.
         max_model_len: tokens, prompt and answer together.
         layout: geometry of its KV, opaque here.
-        model, dtype: what it serves.
+        model, dtype: what it serves; `model_hash` decides, the name is for people.
         role: ``kv_producer``, ``kv_consumer`` or ``kv_both``.
         version: of mooncake_connector there.
         protocol: of the connector's messages.
@@ -54,6 +55,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     protocol: str | int
     tp_size: int = 1
     pp_size: int = 1
+    model_hash: str = ""
 
     @property
     def group(self) -> str:
@@ -62,11 +64,14 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
     def differences(self, other: "EngineInfo") -> list[str]:
         """What keeps the two from exchanging KV, with both values; empty if nothing does."""
-        return [
+        found = [
             f"{name} {getattr(self, name)!r} and {getattr(other, name)!r}"
             for name in MATCHING
             if getattr(self, name) != getattr(other, name)
         ]
+        if self.model_hash != other.model_hash and self.model != other.model:
+            found.insert(0, f"model {self.model!r} and {other.model!r}")
+        return found
 
 
 class Engine(Protocol):
