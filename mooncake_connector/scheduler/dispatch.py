@@ -12,7 +12,7 @@ import msgspec
 from aiohttp import hdrs
 
 from mooncake_connector.errors import MooncakeError
-from mooncake_connector.scheduler.engines.base import Engine
+from mooncake_connector.scheduler.engines.base import Engine, told
 from mooncake_connector.scheduler.metrics import ProxyMetrics
 from mooncake_connector.scheduler.openai import ClientRequest
 from mooncake_connector.scheduler.policy import Choice, Demand, Policy
@@ -89,7 +89,7 @@ class Answer:
             async for chunk in self._reply.content.iter_any():
                 yield chunk
         except BROKEN as error:
-            raise StreamBroken(f"decode {self.choice.decode} broke off: {_told(error)}") from None
+            raise StreamBroken(f"decode {self.choice.decode} broke off: {told(error)}") from None
 
     def close(self) -> None:
         """Let go of the engine; an answer that isn't at its end is aborted there."""
@@ -241,8 +241,8 @@ class Dispatcher:
             async with self._session.post(source.url + request.path, data=body, headers=headers) as reply:
                 answer = await reply.read()
         except BROKEN as error:
-            source.suspect(_told(error), gone=isinstance(error, UNREACHABLE))
-            raise PrefillFailed(f"prefill {source.url} failed: {_told(error)}") from None
+            source.suspect(told(error), gone=isinstance(error, UNREACHABLE))
+            raise PrefillFailed(f"prefill {source.url} failed: {told(error)}") from None
         if reply.status >= 500:
             source.suspect(f"answered {reply.status}")
         if reply.status >= 400:
@@ -279,8 +279,8 @@ class Dispatcher:
             opened = True
             return Answer(choice, reply, first, streamed, release)
         except BROKEN as error:
-            decode.suspect(_told(error), gone=isinstance(error, UNREACHABLE))
-            raise DecodeFailed(f"decode {decode.url} failed: {_told(error)}") from None
+            decode.suspect(told(error), gone=isinstance(error, UNREACHABLE))
+            raise DecodeFailed(f"decode {decode.url} failed: {told(error)}") from None
         finally:
             if reply and not opened:
                 reply.close()
@@ -325,7 +325,3 @@ async def _cancelled(task: asyncio.Task[Any]) -> None:
     """Cancel and wait until it is over; its result or error is of no interest any more."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-
-
-def _told(error: BaseException) -> str:
-    return str(error) or type(error).__name__

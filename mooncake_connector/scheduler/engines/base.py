@@ -1,5 +1,6 @@
 """What the proxy asks of an engine: a probe, and the bodies that make it prefill or decode."""
 
+import os
 from typing import Any, Protocol
 
 import aiohttp
@@ -72,6 +73,13 @@ class EngineInfo(msgspec.Struct, frozen=True):
         if self.model_hash != other.model_hash and self.model != other.model:
             found.insert(0, f"model {self.model!r} and {other.model!r}")
         return found
+
+
+def told(error: BaseException) -> str:
+    """What went wrong on the way to an engine, in few words."""
+    if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno:
+        return f"can't connect: {os.strerror(error.os_error.errno)}"
+    return str(error) or type(error).__name__
 
 
 class Engine(Protocol):

@@ -6,7 +6,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from mooncake_connector.scheduler.engines.base import EngineInfo, EngineUnready
+from mooncake_connector.scheduler.engines.base import EngineInfo, EngineUnready, told
 from mooncake_connector.scheduler.openai import CHAT, COMPLETIONS, ClientRequest
 
 # They shape the answer, not the prompt: prefill's one token is dropped, so it need not compute them.
@@ -162,7 +162,7 @@ class VllmEngine:
             raise EngineUnready(f"{url} did not answer within {limit.total:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             gone = isinstance(error, aiohttp.ClientConnectorError)
-            raise EngineUnready(f"{url}: {error or type(error).__name__}", gone=gone) from None
+            raise EngineUnready(f"{url}: {told(error)}", gone=gone) from None
         if reply.status == 401:
             raise EngineUnready(
                 f"{url} wants an API key: set MOONCAKE_PROXY_ENGINE_API_KEY to the engine's --api-key"
