@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TypedDict
@@ -72,11 +72,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows, machine and versions")
 
 
-def publish(rows: Sequence[Row], file: Path | None, packages: Iterable[str] = ()) -> None:
+def publish(
+    rows: Sequence[Row],
+    file: Path | None,
+    packages: Iterable[str] = (),
+    others: Mapping[str, str] | None = None,
+) -> None:
     """Print the table and, if a file is given, write the rows with machine and versions.
 
     Args:
         packages: distributions whose versions matter here; those not installed are left out.
+        others: versions of what lives in another environment.
     """
     print(table(rows))
     if file is None:
@@ -84,7 +90,7 @@ def publish(rows: Sequence[Row], file: Path | None, packages: Iterable[str] = ()
     document = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "versions": versions(packages),
+        "versions": versions(packages) | dict(others or {}),
         "rows": rows,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
