@@ -106,7 +106,7 @@ def test_scattered_write_from_another_process(
     assert np.array_equal(memory, expected)
     landed = receiver.revoke(KEY)
     assert (landed.nbytes, landed.writes) == (size * len(blocks), 1)
-    assert events.seen == [("up", "p")]
+    until(lambda: events.seen == [("up", "p")], 2, "link up")
     initiator.call("close")
     receiver.close()
 
@@ -224,7 +224,8 @@ def test_new_admission_replaces_the_link(local: Local) -> None:
     done = Done()
     again.write(KEY, local.plan(0, 0, 4096), done)
     assert done.wait() is None
-    assert local.events.kinds() == [("up", "p"), ("down", "p"), ("up", "p")]
+    whole = [("up", "p"), ("down", "p"), ("up", "p")]
+    until(lambda: local.events.kinds() == whole, 2, "the new link is up")
     assert len(local.downs) == 1
     again.close()
 

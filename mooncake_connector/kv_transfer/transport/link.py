@@ -1,13 +1,13 @@
 """The initiator's end of a link: several connections that share its writes."""
 
+import contextlib
 import logging
 import secrets
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from queue import SimpleQueue
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,13 +16,16 @@ from mooncake_connector.kv_transfer.memory import U64Array
 from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.transport import wire
 from mooncake_connector.kv_transfer.transport.base import Endpoint, SourceIdentity
-from mooncake_connector.kv_transfer.transport.syscalls import Scatter, send
+from mooncake_connector.kv_transfer.transport.syscalls import MSG_DONTWAIT, Scatter, send
 
-FRAME_BYTES = 4 << 20
+FRAME_BYTES = wire.MAX_FRAME_BYTES
 """Large writes are cut into frames of this size: the grain of fairness."""
 
 STRIPE_BYTES = 256 << 10
 """Writes below this size use one connection."""
+
+INLINE_BYTES = 32 << 10
+"""Frames up to this size are sent by the thread that writes, if that takes no waiting."""
 
 SEND_BUFFER_BYTES = 4 << 20
 
@@ -43,6 +46,7 @@ class _Frame:
     def __init__(self, write: _Write, key: int, parts: int, plan: CopyPlan, with_src: bool) -> None:
         self.write = write
         self.nbytes = plan.nbytes
+        self.begun = False
         self._head = np.frombuffer(wire.frame_head(key, write.number, parts, plan, with_src), np.uint8)
         address, length = _u64(self._head.ctypes.data), _u64(self._head.size)
         if not with_src:
@@ -50,15 +54,71 @@ class _Frame:
         self.data = Scatter(address, length)
 
 
-@dataclass(slots=True, eq=False)
 class _Lane:
-    """One connection: frames to send, and those sent but not acknowledged."""
+    """One connection: frames to send, and those sent but not acknowledged.
 
-    index: int
-    todo: "SimpleQueue[_Frame | None]" = field(default_factory=SimpleQueue)
-    sent: deque[_Frame] = field(default_factory=deque)
-    sock: socket.socket | None = None
-    load: int = 0
+    One thread at a time sends, the one that set `_busy`: the lane's own or, for a small frame on an idle lane,
+    the one that offers it, which saves waking another.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.sent: deque[_Frame] = deque()
+        self.sock: socket.socket | None = None
+        self.load = 0
+        self._todo: deque[_Frame] = deque()
+        self._changed = threading.Condition()
+        self._busy = True
+        self._closed = False
+
+    def offer(self, frame: _Frame) -> None:
+        """Send a frame now if that takes no waiting, else leave it to the lane's thread."""
+        with self._changed:
+            if self._busy or self._closed or self._todo or frame.data.left > INLINE_BYTES:
+                self._todo.append(frame)
+                self._changed.notify()
+                return
+            self._busy = True
+        with contextlib.suppress(OSError):  # the lane's thread will meet it again, and knows what to do
+            self._push(frame, MSG_DONTWAIT)
+        with self._changed:
+            self._busy = False
+            if frame.data.left:
+                self._todo.appendleft(frame)
+            if self._todo or self._closed:
+                self._changed.notify()
+
+    def run(self) -> None:
+        """The lane's thread: send what was offered until closed.
+
+        Raises:
+            OSError: The connection broke.
+        """
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.wait_for(lambda: not self._busy and (self._todo or self._closed))
+                if self._closed:
+                    return
+                frame = self._todo.popleft()
+                self._busy = True
+            while frame.data.left:
+                self._push(frame, 0)
+
+    def close(self) -> None:
+        """Wake and end all that waits on this lane."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self.sock is not None:
+            wire.hang_up(self.sock)
+
+    def _push(self, frame: _Frame, flags: int) -> None:
+        assert self.sock is not None
+        if not frame.begun:
+            frame.begun = True
+            self.sent.append(frame)
+        frame.data.advance(send(self.sock.fileno(), frame.data, flags))
 
 
 class StreamLink:
@@ -109,7 +169,7 @@ class StreamLink:
             with self._lock:
                 lane = min(self._lanes, key=lambda lane: lane.load)
                 lane.load += frame.nbytes
-            lane.todo.put(frame)
+            lane.offer(frame)
 
     def close(self) -> None:
         """Close all connections; writes not yet landed end with a reason. `on_down` is not called."""
@@ -126,12 +186,9 @@ class StreamLink:
         """A lane's sender: connects, then sends frames until the link is down."""
         reader = None
         try:
-            sock = self._connect(lane)
+            self._connect(lane)
             reader = self._start(self._read_acks, lane, "acks")
-            while (frame := lane.todo.get()) is not None:
-                lane.sent.append(frame)
-                while frame.data.left:
-                    frame.data.advance(send(sock.fileno(), frame.data))
+            lane.run()
         except (OSError, EOFError, TransportError) as broken:
             self._fall(str(broken))
         finally:
@@ -142,7 +199,7 @@ class StreamLink:
                     reader.join()
                 lane.sock.close()
 
-    def _connect(self, lane: _Lane) -> socket.socket:
+    def _connect(self, lane: _Lane) -> None:
         where = self._endpoint
         try:
             sock = socket.create_connection((where.host, where.port), wire.HANDSHAKE_S)
@@ -170,7 +227,6 @@ class StreamLink:
         if reason is not None:
             raise TransportError(reason)
         sock.settimeout(None)
-        return sock
 
     def _read_acks(self, lane: _Lane) -> None:
         assert lane.sock is not None
@@ -204,9 +260,7 @@ class StreamLink:
             unfinished = list(self._writes.values())
             self._writes.clear()
             for lane in self._lanes:
-                lane.todo.put(None)
-                if lane.sock is not None:
-                    wire.hang_up(lane.sock)
+                lane.close()
         for write in unfinished:
             _call(write.on_done, reason)
         if tell:

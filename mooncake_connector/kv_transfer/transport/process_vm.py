@@ -7,7 +7,7 @@ taking back a grant needs no word from the initiator, which may be stopped or go
 import errno
 import os
 import secrets
-import select
+import signal
 from functools import cache
 from pathlib import Path
 
@@ -77,8 +77,6 @@ class Source:
             os.close(self._pidfd)
             raise TransportError(reason)
         self._pid = source.pid
-        self._exited = select.poll()
-        self._exited.register(self._pidfd, select.POLLIN)
 
     def land(self, frame: FrameHead, grant: Grant) -> str | None:
         """Copy a frame's bytes into place: None, or why they did not all land.
@@ -89,8 +87,6 @@ class Source:
         assert frame.src is not None
         place, origin = Scatter(frame.dst, frame.length), Scatter(frame.src, frame.length)
         while place.left:
-            if self._exited.poll(0):
-                raise EOFError(f"process {self._pid} has ended")
             if not grant.enter():
                 return f"key {frame.key} was revoked"
             got = 0
@@ -107,8 +103,12 @@ class Source:
             place.advance(got)
             origin.advance(got)
         # Only now is it certain that the process read was the initiator all along.
-        if self._exited.poll(0):
-            raise EOFError(f"process {self._pid} has ended")
+        try:
+            signal.pidfd_send_signal(self._pidfd, 0)
+        except ProcessLookupError as ended:
+            raise EOFError(f"process {self._pid} has ended") from ended
+        except PermissionError:
+            pass  # it lives, under another user
         return None
 
     def close(self) -> None:
