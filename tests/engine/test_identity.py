@@ -179,9 +179,10 @@ async def test_the_answer_says_what_moved(cluster: Cluster, http: Http) -> None:
 
 @pytest.mark.parametrize("path", ["process_vm", "tcp"])
 async def test_small_chunks_preemption_and_no_prefix_cache(clusters: Clusters, http: Http, path: str) -> None:
-    """Chunked prefill in small steps, pools so small that both sides preempt, no prefix cache; each path forced."""
-    small = ("--max-num-batched-tokens", "256", "--num-gpu-blocks-override", "130", "--max-model-len", "2048")
-    shape = Shape(args=("--no-enable-prefix-caching", *small), extra=(("path", path),))
+    """Prefill in small chunks, pools so small that decode preempts, no prefix cache; each path forced."""
+    pool = ("--num-gpu-blocks-override", "130", "--max-model-len", "2048")
+    small = ("--no-enable-prefix-caching", "--max-num-batched-tokens", "256", *pool)
+    shape = Shape(args=small, extra=(("path", path),))
     cluster = clusters(shape)
     rng = random.Random(f"small {path}")
     prompts = [random_prompt(rng, rng.randint(1, 1500)) for _ in range(24)]
