@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -77,25 +78,43 @@ def publish(
     file: Path | None,
     packages: Iterable[str] = (),
     others: Mapping[str, str] | None = None,
+    busy: Sequence[float] = (),
 ) -> None:
     """Print the table and, if a file is given, write the rows with machine and versions.
 
     Args:
         packages: distributions whose versions matter here; those not installed are left out.
         others: versions of what lives in another environment.
+        busy: what `settle` returned, so that readers can tell how quiet the machine was.
     """
     print(table(rows))
     if file is None:
         return
     document = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        "machine": machine() | ({"busy_before_turns": _spread(busy)} if busy else {}),
         "versions": versions(packages) | dict(others or {}),
         "rows": rows,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(document, indent=1) + "\n")
     print(f"written: {file}")
+
+
+def settle(limit_s: float, at_most: float = 0.1) -> float:
+    """Wait until the machine's other work leaves the CPUs alone; the busy share (0 to 1) seen last.
+
+    Args:
+        limit_s: go on after this many seconds, however busy it is.
+    """
+    deadline = time.monotonic() + limit_s
+    while True:
+        before = _cpu_ticks()
+        time.sleep(0.5)
+        after = _cpu_ticks()
+        busy = 1 - (after[1] - before[1]) / max(1, after[0] - before[0])
+        if busy <= at_most or time.monotonic() > deadline:
+            return round(busy, 3)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -150,6 +169,16 @@ def _cell(row: Row) -> str:
         return "not run"
     spread = f" ({row['min']:.3g}-{row['max']:.3g})" if "min" in row else ""
     return f"{value:.3g}{spread}"
+
+
+def _cpu_ticks() -> tuple[int, int]:
+    """All ticks, and the idle ones, since boot."""
+    ticks = [int(text) for text in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return sum(ticks), ticks[3] + ticks[4]
+
+
+def _spread(samples: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(samples), "max": max(samples)}
 
 
 def _cpu() -> str:

@@ -2,13 +2,14 @@
 
     python benchmarks/transfer.py [--json FILE] [--quick]
 
-Every subject runs in a pair of new processes of its own, and all subjects take turns for several rounds, so that
-whatever else the machine does meets all of them alike. Peers come from the environment that `make peers` makes; one
-that isn't there is reported as not run.
+Every subject runs in a pair of new processes of its own, and all subjects take turns for several rounds, so
+that whatever else the machine does meets all of them alike; each turn waits a while for the CPUs to be idle.
+Peers come from the environment that `make peers` makes; one that isn't there is reported as not run.
 
-Subjects: process_vm and tcp (this project), nixl (UCX's own choice) and nixl-tcp (UCX_TLS=tcp), mooncake-tcp;
-limits: memcpy (one thread copies the same pages within a process) and socket (one connection, one sendall of it
-all). For NIXL the descriptors are prepared outside the measured time; for this project everything is inside.
+Subjects: process_vm and tcp (this project), nixl (UCX's own choice) and nixl-tcp (UCX_TLS=tcp), mooncake-tcp.
+Limits: memcpy (one thread copies the same pages within a process), process_vm_readv (two threads call it on
+the same pages, nothing else) and socket (one connection, one sendall of it all). For NIXL descriptors are prepared
+outside the measured time; for this project everything is inside.
 """
 
 import argparse
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS_PYTHON = ROOT / ".venv-peers/bin/python"
 PAGES = [16 << 10, 64 << 10, 256 << 10, 1 << 20]
 OURS = ("process_vm", "tcp")
-LIMITS = ("memcpy", "socket")
+LIMITS = ("memcpy", "process_vm_readv", "socket")
 PEERS = {
     "nixl": ("nixl._api", {}),
     "nixl-tcp": ("nixl._api", {"UCX_TLS": "tcp"}),
@@ -129,6 +130,9 @@ def main() -> None:
     report.add_arguments(parser)
     parser.add_argument("--quick", action="store_true", help="64 MiB and one round: does it run at all")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--patience", type=float, default=10.0, help="seconds to wait for idle CPUs, per turn"
+    )
     parser.add_argument("--only", nargs="+", metavar="SUBJECT", help="these subjects only")
     options = parser.parse_args()
     nbytes, rounds, iterations = (64 << 20, 1, 2) if options.quick else (256 << 20, options.rounds, 4)
@@ -137,12 +141,14 @@ def main() -> None:
     absent = {name: why for name, (module, _) in PEERS.items() if (why := missing(module))}
     seconds: Samples = defaultdict(list)
     latency: dict[str, list[float]] = defaultdict(list)
+    busy: list[float] = []
     for round in range(rounds):
         # Another one goes first each time.
         for subject in subjects[round % len(subjects) :] + subjects[: round % len(subjects)]:
             if subject in absent:
                 continue
             print(f"round {round + 1} of {rounds}: {subject}    ", end="\r", file=sys.stderr, flush=True)
+            busy.append(report.settle(options.patience))
             try:
                 records = turn(subject, nbytes, iterations)
             except RuntimeError as failed:
@@ -152,7 +158,7 @@ def main() -> None:
                 seconds[subject, record["page_bytes"]] += record["seconds"]
             latency[subject] += records[0]["latency"]
     rows = rows_of(subjects, seconds, latency, nbytes, absent)
-    report.publish(rows, options.json, ["mooncake-connector", "numpy"], peer_versions())
+    report.publish(rows, options.json, ["mooncake-connector", "numpy"], peer_versions(), busy)
     print("\n".join(verdicts(rows)))
     if any(subject in absent for subject in OURS):
         raise SystemExit(1)

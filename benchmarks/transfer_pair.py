@@ -1,9 +1,9 @@
 """One subject's part of transfer.py: bytes from one process's memory into another's, page by page.
 
-Runs in the subject's own environment (numpy is all that the peers' one has) and prints a line of JSON for each page
-size: {"page_bytes", "seconds": [...], "latency": [...]}, the last in seconds for one page of 4 KiB. The target's
-pages are scattered at random. Each page size starts with one untimed transfer into zeroed memory, which the target
-then compares byte for byte with what it should hold.
+Runs in the subject's own environment (numpy is all that the peers' one has) and prints a line of JSON for
+each page size: {"page_bytes", "seconds": [...], "latency": [...]}, the last in seconds for one page of 4 KiB.
+The target's pages are scattered at random. Each page size starts with one untimed transfer into zeroed
+memory, all of which the target then compares with what it should hold.
 """
 
 import argparse
@@ -149,22 +149,17 @@ class Socket:
     bulk = True
 
     def target(self, memory: Array) -> object:
-        listener = socket.create_server(("127.0.0.1", 0))
-
-        def serve() -> None:
-            sock, _ = listener.accept()
+        def serve(sock: socket.socket) -> None:
             while head := sock.recv(8, socket.MSG_WAITALL):
                 view = memoryview(memory)[: int.from_bytes(head, "little")]
                 while view:
                     view = view[sock.recv_into(view, 0, socket.MSG_WAITALL) :]
                 sock.sendall(b"!")
 
-        threading.Thread(target=serve, daemon=True).start()
-        return listener.getsockname()[1]
+        return listen(serve)
 
     def initiator(self, memory: Array, offer: Any) -> Transfer:
-        sock = socket.create_connection(("127.0.0.1", offer))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock = connect(offer)
 
         def transfer(src: Array, dst: Array, page: int) -> None:
             nbytes = src.size * page
@@ -175,19 +170,77 @@ class Socket:
         return transfer
 
 
+class BareRead:
+    """A limit: two threads of the target call process_vm_readv on the list of pages, and nothing else."""
+
+    bulk = False
+
+    def target(self, memory: Array) -> object:
+        return listen(self._read_all)
+
+    def _read_all(self, sock: socket.socket) -> None:
+        from mooncake_connector.kv_transfer.transport.syscalls import Scatter, read_process
+
+        def read(rows: Array) -> None:
+            place, source = (Scatter(rows[side], rows[2]) for side in (1, 0))
+            while place.left:
+                got = read_process(pid, place, source)
+                place.advance(got)
+                source.advance(got)
+
+        while head := sock.recv(16, socket.MSG_WAITALL):
+            pid, count = np.frombuffer(head, np.uint64).tolist()
+            rows = np.empty((3, count), np.uint64)
+            sock.recv_into(rows, rows.nbytes, socket.MSG_WAITALL)
+            readers = [
+                threading.Thread(target=read, args=(half,)) for half in np.array_split(rows, 2, axis=1)
+            ]
+            for reader in readers:
+                reader.start()
+            for reader in readers:
+                reader.join()
+            sock.sendall(b"!")
+
+    def initiator(self, memory: Array, offer: Any) -> Transfer:
+        sock = connect(offer)
+
+        def transfer(src: Array, dst: Array, page: int) -> None:
+            rows = np.stack((src, dst, np.full(src.size, page))).astype(np.uint64)
+            sock.sendall(np.array([os.getpid(), src.size], np.uint64).tobytes() + rows.tobytes())
+            sock.recv(1)
+
+        return transfer
+
+
+def listen(serve: Callable[[socket.socket], None]) -> int:
+    """Serve one connection in a thread: the port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=lambda: serve(listener.accept()[0]), daemon=True).start()
+    port: int = listener.getsockname()[1]
+    return port
+
+
+def connect(port: int) -> socket.socket:
+    sock = socket.create_connection(("127.0.0.1", port))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
 SUBJECTS: dict[str, Callable[[], Any]] = {
     "process_vm": lambda: Ours("process_vm"),
     "tcp": lambda: Ours("tcp"),
     "nixl": Nixl,
     "nixl-tcp": Nixl,
     "mooncake-tcp": MooncakeTcp,
+    "process_vm_readv": BareRead,
     "socket": Socket,
 }
 
 
 def memory_of(nbytes: int) -> Array:
     """Touched anonymous memory in ordinary pages, as an engine's allocator gives for its KV cache."""
-    pages = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    pages = np.frombuffer(mmap.mmap(-1, nbytes, flags), np.uint8)
     pages[:] = 0
     return pages
 

@@ -57,8 +57,8 @@ class _Frame:
 class _Lane:
     """One connection: frames to send, and those sent but not acknowledged.
 
-    One thread at a time sends, the one that set `_busy`: the lane's own or, for a small frame on an idle lane,
-    the one that offers it, which saves waking another.
+    One thread at a time sends, the one that set `_busy`: the lane's own or, for a small frame on an idle
+    lane, the one that offers it, which saves waking another.
     """
 
     def __init__(self, index: int) -> None:
