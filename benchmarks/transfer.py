@@ -8,8 +8,8 @@ Peers come from the environment that `make peers` makes; one that isn't there is
 
 Subjects: process_vm and tcp (this project), nixl (UCX's own choice) and nixl-tcp (UCX_TLS=tcp), mooncake-tcp.
 Limits: memcpy (one thread copies the same pages within a process), process_vm_readv (two threads call it on
-the same pages, nothing else) and socket (one connection, one sendall of it all). For NIXL descriptors are prepared
-outside the measured time; for this project everything is inside.
+the same pages, nothing else) and socket (one connection, one sendall of it all). For NIXL descriptors are
+prepared outside the measured time; for this project everything is inside.
 """
 
 import argparse
