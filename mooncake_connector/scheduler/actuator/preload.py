@@ -2,7 +2,8 @@
 
 A vLLM server imports torch and vLLM three times over (interface, engine core, worker); on two cores that is
 most of a minute for each engine. `PreloadedVllm` holds one process that has imported it all and forks it for
-every server, and has the servers fork their own parts. What runs after the imports is vLLM's own server.
+every server, and has the servers fork their own parts. What runs after the imports is vLLM's own server, but
+for one constant: see `SPIN_SECONDS`.
 """
 
 import ctypes
@@ -19,6 +20,9 @@ from typing import Self
 from mooncake_connector.errors import EngineStartError
 
 _PR_SET_CHILD_SUBREAPER = 36
+SPIN_SECONDS = 0.001
+"""How long a worker polls for its next step before it sleeps. vLLM's own 1 s assumes a core for each worker;
+with more engines than cores every worker that spins takes its time from an engine that has work."""
 _READY = b"ready\n"
 _GONE = "the process that preloads vLLM is gone; its messages are above"
 
@@ -120,6 +124,9 @@ def _import_vllm() -> None:
     from vllm.utils import system_utils
 
     system_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    shm_broadcast.SpinCondition.__init__.__defaults__ = (SPIN_SECONDS,)
     for name in (
         "vllm.entrypoints.openai.api_server",
         "vllm.v1.engine.core",
