@@ -6,9 +6,9 @@ all others on a machine of few cores. `added_ttft` is the difference to the one 
 
     python benchmarks/ttft.py [--json FILE] [--rounds 20] [--subjects mooncake_push nixl mooncake]
 
-Peers (`make peers`): vLLM's NixlConnector and MooncakeConnector, each with a minimal proxy as their users have;
-the latter is shimmed to start on a CPU. Every answer is compared with the one engine's. All engines fork from
-one process that has imported vLLM and sleep when idle (see scheduler/actuator/preload.py).
+Peers (`make peers`): vLLM's NixlConnector and MooncakeConnector, each with a minimal proxy as users have
+them; the latter is shimmed to start on a CPU. Every answer is compared with the one engine's. All engines
+fork from one process that has imported vLLM and sleep when idle (see scheduler/actuator/preload.py).
 """
 
 import argparse

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 
 import msgspec
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
@@ -79,7 +80,8 @@ def answer(request: Ask, alone: Answer, through: Answer) -> bool:
 
 def table(rows: Sequence[Row]) -> None:
     """Print medians per prompt length."""
-    out = Table(title="Time to first token (ms, medians) and what was moved", title_justify="left")
+    title = "Time to first token (ms, medians) and what was moved"
+    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("tokens", "one engine", "P/D", "added", "KV (KiB)", "path", "early", "D waited"):
         out.add_column(column, justify="right", no_wrap=True)
     for row in rows:
