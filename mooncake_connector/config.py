@@ -50,6 +50,11 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     push_layer_stride: int = 0
 
     def __post_init__(self) -> None:
+        if self.side_channel_host in ("", "*", "0.0.0.0", "::"):
+            raise ConfigError(
+                f"side_channel_host={self.side_channel_host!r} is no address that peers could connect to: "
+                "give this host's own address"
+            )
         if not 0 <= self.side_channel_port <= 65000:
             raise ConfigError(
                 f"side_channel_port must be 0 (ephemeral) to 65000, got {self.side_channel_port}"

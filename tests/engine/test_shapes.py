@@ -9,6 +9,16 @@ from tests.engine.harness import Cluster, complete, random_prompt
 from tests.engine.test_identity import EDGES, assert_identical, loaded_tokens
 
 
+async def test_a_window_moves_less(gemma: Cluster, http: aiohttp.ClientSession) -> None:
+    """Blocks that no sliding-window layer attends to any more stay behind."""
+    rng = random.Random(11)
+    moved = []
+    for n in (640, 1280):
+        answer = await complete(http, gemma.url, random_prompt(rng, n), 2)
+        moved.append(answer["kv_transfer_params"]["transfer"]["bytes"])
+    assert moved[1] < 1.9 * moved[0], f"twice the tokens moved {moved[1] / moved[0]:.2f} times the bytes"
+
+
 @pytest.mark.parametrize("name", ["gemma", "deepseek", "tp2"])
 async def test_identical(name: str, request: pytest.FixtureRequest, http: aiohttp.ClientSession) -> None:
     cluster: Cluster = request.getfixturevalue(name)
@@ -26,13 +36,3 @@ async def test_identical(name: str, request: pytest.FixtureRequest, http: aiohtt
         [random_prompt(rng, 700) for _ in range(8)],
         cluster.another_proxy("--order", "serial").url,
     )
-
-
-async def test_a_window_moves_less(gemma: Cluster, http: aiohttp.ClientSession) -> None:
-    """Blocks that no sliding-window layer attends to any more stay behind."""
-    rng = random.Random(11)
-    moved = []
-    for n in (640, 1280):
-        answer = await complete(http, gemma.url, random_prompt(rng, n), 2)
-        moved.append(answer["kv_transfer_params"]["transfer"]["bytes"])
-    assert moved[1] < 1.9 * moved[0], f"twice the tokens moved {moved[1] / moved[0]:.2f} times the bytes"

@@ -4,9 +4,10 @@ import logging
 
 
 def log_with_vllm() -> None:
-    """Give this package vLLM's log handlers, unless the user configured logging of it."""
-    ours, theirs = logging.getLogger("mooncake_connector"), logging.getLogger("vllm")
-    if not ours.handlers and theirs.handlers:
-        ours.handlers = list(theirs.handlers)
-        ours.setLevel(theirs.level or logging.INFO)
-        ours.propagate = False
+    """Let vLLM's logger handle this package's lines, unless the user configured logging of them.
+
+    vLLM configures its logger at a moment of its own, so we become its child rather than copy its handlers.
+    """
+    ours = logging.getLogger("mooncake_connector")
+    if not ours.handlers:
+        ours.parent = logging.getLogger("vllm")
