@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_TOKENS = 4096
-REVISION = "1"  # part of the cached folder's name: raise it whenever what is made here changes
+REVISION = "2"  # part of the cached folder's name: raise it whenever what is made here changes
 
 _CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -160,6 +160,18 @@ def _deepseek(vocab: int) -> Any:
             qk_nope_head_dim=64,
             qk_rope_head_dim=64,
             v_head_dim=64,
+            # As DeepSeek's own models have it; and vLLM's CPU kernel for unscaled rotary embedding takes
+            # [tokens, heads, 64] for [tokens x heads, 64], so that every token gets other tokens' positions.
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": MAX_TOKENS // 4,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+            },
             # Every layer dense: the mixture of experts has nothing to do with KV.
             first_k_dense_replace=4,
             n_routed_experts=4,

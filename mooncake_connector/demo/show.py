@@ -95,7 +95,7 @@ def table(rows: Sequence[Row]) -> None:
             _kib(last.get("bytes")),
             str(last.get("path") or "-"),
             _share(last),
-            _ms(float(str(last["wait_ms"])) / 1e3) if "wait_ms" in last else "-",
+            _median_ms(row.transfers, "wait_ms"),
         )
     console.print(out)
     console.print("[dim]early: share of the KV sent before prefill ended; D waited: for its KV, in ms[/dim]")
@@ -107,6 +107,11 @@ def _one_line(text: str) -> str:
 
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.1f}"
+
+
+def _median_ms(transfers: Sequence[dict[str, object]], name: str) -> str:
+    values = [float(str(transfer[name])) for transfer in transfers if name in transfer]
+    return f"{statistics.median(values):.1f}" if values else "-"
 
 
 def _kib(nbytes: object) -> str:
