@@ -116,6 +116,7 @@ class _Prefill:
 
     def sent(self, request_id: str) -> None:
         self._agent.sent.put(request_id)
+        self._agent.results_ready.set()
 
     def close(self) -> None:
         for peer in list(self._links):
@@ -170,6 +171,7 @@ class _Decode:
 
     def report(self, report: LoadReport) -> None:
         self._agent.reports.put(report)
+        self._agent.results_ready.set()
 
 
 class WorkerAgent:
@@ -183,6 +185,7 @@ class WorkerAgent:
         address: control address, for peers and for the engine's own scheduler.
         token: proves local messages; hand it to the scheduler only.
         clock: to be told how far the forward passes are.
+        results_ready: set when there is something to take.
         busy: whether anybody waits for pushes (read without a lock by the engine's thread).
 
     Raises:
@@ -194,6 +197,7 @@ class WorkerAgent:
         self.token = secrets.token_bytes(16)
         self.clock = LayerClock(info.layout.num_layers)
         self.busy = False
+        self.results_ready = threading.Event()
         self.sent: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.reports: queue.SimpleQueue[LoadReport] = queue.SimpleQueue()
         host, port = config.side_channel_host, config.side_channel_port

@@ -85,9 +85,10 @@ class Chunk(msgspec.Struct, frozen=True):
 
 
 class _Peer:
-    def __init__(self, info: WorkerInfo) -> None:
+    def __init__(self, info: WorkerInfo, deadline: float) -> None:
         self.info = info
         self.linked = False
+        self.deadline = deadline  # for the link
 
 
 class _Transfer:
@@ -199,7 +200,7 @@ class PrefillEnd:
     def message(self, peer: PeerId, message: Message, now: float) -> None:
         match message:
             case Hello():
-                self._hello(peer, message)
+                self._hello(peer, message, now)
             case OpenLink() if peer in self._peers:
                 self._ports.open_link(peer, self._peers[peer].info.name, message)
             case Reserve():
@@ -269,6 +270,8 @@ class PrefillEnd:
                     self._ports.close_link(transfer.peer)
                     self.link_down(transfer.peer, "writes do not end", now)
             self._settle(transfer)
+        for peer in [p for p, known in self._peers.items() if not known.linked and now >= known.deadline]:
+            self.link_down(peer, "it opened no link", now)
 
     @property
     def num_transfers(self) -> int:
@@ -276,7 +279,7 @@ class PrefillEnd:
 
     # ------------------------------------------------------------------ inside
 
-    def _hello(self, peer: PeerId, hello: Hello) -> None:
+    def _hello(self, peer: PeerId, hello: Hello, now: float) -> None:
         rank = hello.info.rank
         try:
             check_compatible(self._info, hello.info)
@@ -290,7 +293,7 @@ class PrefillEnd:
             else:
                 self._ports.send(peer, Refused(f"no prefill rank {rank}: this engine is still starting"))
             return
-        self._peers[peer] = _Peer(hello.info)
+        self._peers[peer] = _Peer(hello.info, now + 2 * self._config.handshake_timeout_s)
         self._ports.allow_reader(hello.pid)
         self._ports.send(peer, Welcome(self._info, self._identity))
 

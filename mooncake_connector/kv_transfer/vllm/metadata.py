@@ -27,10 +27,12 @@ class StepMetadata(KVConnectorMetadata):
     """Scheduler -> workers, each step: what happens to the requests that are prefilled for others.
 
     Attributes:
+        idle: nothing is computed in this step, and requests wait for KV.
         ended: (request id, whether its blocks are held for us).
     """
 
     step: int
+    idle: bool
     chunks: list[Chunk] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
     ended: list[tuple[str, bool]] = field(default_factory=list)

@@ -186,7 +186,8 @@ class SchedulerSide:
     def step_metadata(self, output: Any) -> StepMetadata:
         """What the workers need to know of the step that was just scheduled."""
         self._step += 1
-        meta = StepMetadata(self._step, ended=self._ended)
+        idle = not output.total_num_scheduled_tokens and any(r.loading for r in self._receives.values())
+        meta = StepMetadata(self._step, idle, ended=self._ended)
         self._ended = []
         if not self._sends:
             return meta

@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,13 @@ from mooncake_connector.kv_transfer.vllm.metadata import LoadReports, StepMetada
 
 logger = logging.getLogger(__name__)
 
+# An engine whose requests all wait for KV steps a thousand times a second, on a processor that prefill may
+# need. Waiting inside such a step for what it is about spares that, and the news arrives with the very step.
+IDLE_WAIT_S = 0.003
+# Steps that vLLM may have under way: after news, the step that acts on it must not wait behind idle ones.
+STEPS_IN_FLIGHT = 2
+SWITCH_INTERVAL_S = 0.0005
+
 
 class WorkerSide:
     """Worker-side state. The engine's thread calls; the agent's thread does the work."""
@@ -31,6 +39,7 @@ class WorkerSide:
         self._stride = 1
         self._meta: StepMetadata | None = None
         self._since_wake = 0
+        self._empty_handed = 0
         self._reports: list[LoadReport] = []
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
@@ -55,6 +64,8 @@ class WorkerSide:
             layout=layout,
         )
         self._stride = self._config.push_layer_stride or max(1, len(self._layers) // 8)
+        # The I/O thread's hand-overs are short and urgent; by default it may wait 5 ms for the interpreter.
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._agent = WorkerAgent(info, self._config)
 
     @property
@@ -88,11 +99,16 @@ class WorkerSide:
 
     def results(self) -> tuple[set[str], list[LoadReport]]:
         """Since the last call: requests whose blocks may be freed, and loads that ended."""
-        if self._agent is None:
+        agent = self._agent
+        if agent is None:
             return set(), []
-        loads = self._agent.take_reports()
+        if self._meta is not None and self._meta.idle and self._empty_handed > STEPS_IN_FLIGHT:
+            agent.results_ready.wait(IDLE_WAIT_S)
+        agent.results_ready.clear()
+        sent, loads = agent.take_sent(), agent.take_reports()
+        self._empty_handed = 0 if sent or loads else self._empty_handed + 1
         self._reports += loads
-        return self._agent.take_sent(), loads
+        return sent, loads
 
     def take_reports(self) -> LoadReports | None:
         reports, self._reports = self._reports, []
