@@ -74,7 +74,7 @@ async def test_one_side_aborts(cluster: Cluster, http: Http) -> None:
             answered += 1
             assert tokens == await greedy(http, cluster.single.url, prompt)
     assert answered >= 30
-    # A decode request that was cut before its engine ever saw it tells prefill nothing: there the lease ends it.
+    # A decode request that was cut before its engine saw it tells prefill nothing: there the lease ends it.
     await assert_idle(http, cluster, within=35)
 
 

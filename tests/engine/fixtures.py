@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import aiohttp
 import pytest
@@ -13,7 +12,7 @@ from tests.engine.harness import Cluster, Clusters, Shape, running
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if item.path.parent.name in ("engine", "faults"):
             item.add_marker(pytest.mark.engine)
             if item.get_closest_marker("timeout") is None:
                 # The first test pays for the start of the engines.
