@@ -42,6 +42,7 @@ class Shape:
         prefill_extra, decode_extra: those of one side.
         failure_policy: vLLM's kv_load_failure_policy on both sides.
         proxy_args: further arguments of the proxy.
+        proxy: whether to start it (it waits for a pair that fits).
     """
 
     model: str = "tiny-llama"
@@ -56,6 +57,7 @@ class Shape:
     decode_extra: tuple[tuple[str, Any], ...] = ()
     failure_policy: str = "recompute"
     proxy_args: tuple[str, ...] = ()
+    proxy: bool = True
 
 
 @dataclass
@@ -108,7 +110,8 @@ class Cluster:
     @property
     def processes(self) -> list[LocalProcess]:
         single = [self.reference] if self.reference else []
-        return [*self.prefills, *self.decodes, *single, self.proxy, *self._proxies.values()]
+        proxies = [self.proxy] if self.shape.proxy else []
+        return [*self.prefills, *self.decodes, *single, *proxies, *self._proxies.values()]
 
 
 @contextmanager
@@ -142,7 +145,8 @@ def running(shape: Shape, logs: Path, preload: PreloadedVllm | None = None) -> I
     cluster = Cluster(shape, logs, prefills, decodes, single, proxy)
     try:
         start_all([p for p in cluster.processes if p is not proxy], timeout=400)
-        start_all([proxy], timeout=60)
+        if shape.proxy:
+            start_all([proxy], timeout=60)
         yield cluster
     finally:
         stop_all(cluster.processes)
