@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,10 +26,15 @@ __all__ = [
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on at this moment."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A TCP port of 127.0.0.1 that nobody listens on, outside the range that the system hands out by itself.
+
+    It will be bound some time later: one of that range could be some connection's by then.
+    """
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def push_config(role: Role = "both", extra: Mapping[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
