@@ -1,5 +1,6 @@
 """Engines and proxies as child processes of this one, on this machine."""
 
+import contextlib
 import json
 import os
 import random
