@@ -71,12 +71,6 @@ def gemma(clusters: Clusters) -> Cluster:
 
 
 @pytest.fixture(scope="module")
-def deepseek(clusters: Clusters) -> Cluster:
-    """Multi-head latent attention."""
-    return clusters(Shape(model="tiny-deepseek"))
-
-
-@pytest.fixture(scope="module")
 def tp2(clusters: Clusters) -> Cluster:
     """Two ranks on every engine, the single one included."""
     return clusters(Shape(args=("--tensor-parallel-size", "2")))
