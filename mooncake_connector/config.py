@@ -33,8 +33,8 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         load_timeout_s: decode's deadline for a whole load; then it recomputes [s].
         match_timeout_s: how long prefill keeps a reservation for a request it never received [s].
         handshake_timeout_s: deadline for reaching a prefill engine and agreeing with it [s].
-        push_layer_stride: wake the pusher after this many layers of a running step; 0 chooses an eighth of
-            the layers, ``layers + 1`` or more pushes at the end of each step only.
+        push_bytes: while a step runs, push as soon as this much of a request's KV is ready; what is left goes
+            with the step's last layer. Small pieces cost the forward pass more than they save.
     """
 
     side_channel_host: str = "127.0.0.1"
@@ -47,7 +47,7 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     load_timeout_s: float = 120.0
     match_timeout_s: float = 5.0
     handshake_timeout_s: float = 3.0
-    push_layer_stride: int = 0
+    push_bytes: int = 1 << 20
 
     def __post_init__(self) -> None:
         if self.side_channel_host in ("", "*", "0.0.0.0", "::"):
@@ -61,10 +61,8 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             )
         if not 1 <= self.connections <= 16:
             raise ConfigError(f"connections must be 1 to 16, got {self.connections}")
-        if self.push_layer_stride < 0:
-            raise ConfigError(
-                f"push_layer_stride must be 0 (automatic) or more, got {self.push_layer_stride}"
-            )
+        if self.push_bytes < 0:
+            raise ConfigError(f"push_bytes must be 0 (push every layer) or more, got {self.push_bytes}")
         for name in ("lease_s", "heartbeat_s", "peer_timeout_s", "load_timeout_s", "match_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")

@@ -127,8 +127,10 @@ class PrefillEnd:
         self._info, self._identity, self._config = info, identity, config
         self._ports, self._clock = ports, clock
         self._layer_groups = [0] * info.layout.num_layers
+        self._block_bytes = [0] * info.layout.num_layers
         for plane in info.layout.planes:
             self._layer_groups[plane.layer] = plane.group
+            self._block_bytes[plane.layer] += plane.nbytes
         self._directory: Sequence[str] = ()
         self._peers: dict[PeerId, _Peer] = {}
         self._transfers: dict[TransferKey, _Transfer] = {}
@@ -380,7 +382,9 @@ class PrefillEnd:
         self._ports.send(peer, HeartbeatAck(tuple(unknown)))
 
     def _add(self, id: TransferKey, state: SendState, now: float) -> _Transfer:
-        progress = PushProgress(self._info.layout.groups, self._layer_groups)
+        progress = PushProgress(
+            self._info.layout.groups, self._layer_groups, self._block_bytes, self._config.push_bytes
+        )
         transfer = self._transfers[id] = _Transfer(id, state, progress, now)
         return transfer
 

@@ -58,11 +58,21 @@ class PushProgress:
     Args:
         groups: KV cache groups of the layout.
         layer_groups: group of each layer.
+        block_bytes: bytes of one block, of each layer.
+        least: bytes that a write must have while the step that it overlaps with runs on.
     """
 
-    def __init__(self, groups: Sequence[Group], layer_groups: Sequence[int]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        layer_groups: Sequence[int],
+        block_bytes: Sequence[int],
+        least: int = 0,
+    ) -> None:
         self._groups = groups
         self._layer_groups = layer_groups
+        self._block_bytes = block_bytes
+        self._least = least
         self._num_tokens = 0
         self._want: Sequence[Want] | None = None
         self._table: list[list[int]] = [[] for _ in groups]
@@ -117,13 +127,16 @@ class PushProgress:
         if self._want is None or self._void:
             return None
         spans = []
+        running = False
         for layer, group in enumerate(self._layer_groups):
             done = self._step >= 0 and clock.layer_done(layer, self._step)
+            running |= self._step >= 0 and not done
             tokens = max(self._ready, self._step_ready) if done else self._ready
             end = self._complete_blocks(group, tokens)
             if end > self._pushed[layer]:
                 spans.append(Span(layer, self._pushed[layer], end))
-        if not spans:
+        nbytes = sum((s.end - s.begin) * self._block_bytes[s.layer] for s in spans)
+        if not spans or (running and nbytes < self._least):
             return None
         source, target = {}, {}
         tables = [np.asarray(t, np.int64) for t in self._table]

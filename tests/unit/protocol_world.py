@@ -35,7 +35,13 @@ POOL = 12  # blocks on each side
 PLANE = 1 << 20  # bytes between the layers
 
 CONFIG = ConnectorConfig(
-    lease_s=30, heartbeat_s=5, peer_timeout_s=12, load_timeout_s=60, match_timeout_s=5, handshake_timeout_s=3
+    lease_s=30,
+    heartbeat_s=5,
+    peer_timeout_s=12,
+    load_timeout_s=60,
+    match_timeout_s=5,
+    handshake_timeout_s=3,
+    push_bytes=0,
 )
 
 

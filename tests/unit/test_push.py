@@ -27,7 +27,7 @@ def pushed_blocks(write: Write | None) -> dict[int, list[tuple[int, int]]]:
 
 
 def test_layers_go_as_they_are_written_and_blocks_when_they_are_full() -> None:
-    clock, progress = LayerClock(2), PushProgress([Group(BLOCK, 0, "full")], [0, 0])
+    clock, progress = LayerClock(2), PushProgress([Group(BLOCK, 0, "full")], [0, 0], [8, 8])
     progress.reserve(10, [want(0, 3)])
     progress.chunk(1, 0, 6, ([7, 8],), replace=True, hits_ready=True)
     assert progress.next(clock) is None
@@ -46,7 +46,7 @@ def test_layers_go_as_they_are_written_and_blocks_when_they_are_full() -> None:
 
 
 def test_prefix_hits_wait_for_the_step_that_may_be_computing_them() -> None:
-    clock, progress = LayerClock(1), PushProgress([Group(BLOCK, 0, "full")], [0])
+    clock, progress = LayerClock(1), PushProgress([Group(BLOCK, 0, "full")], [0], [8])
     progress.reserve(9, [want(0, 3)])
     progress.chunk(1, 8, 10, ([1, 2, 3],), replace=True, hits_ready=False)
     assert progress.next(clock) is None
@@ -55,15 +55,28 @@ def test_prefix_hits_wait_for_the_step_that_may_be_computing_them() -> None:
 
 
 def test_prefix_hits_go_at_once_when_they_are_ready() -> None:
-    clock, progress = LayerClock(1), PushProgress([Group(BLOCK, 0, "full")], [0])
+    clock, progress = LayerClock(1), PushProgress([Group(BLOCK, 0, "full")], [0], [8])
     progress.chunk(1, 8, 10, ([1, 2, 3],), replace=True, hits_ready=True)
     progress.reserve(9, [want(1, 3)])  # decode has block 0 itself
     assert pushed_blocks(progress.next(clock)) == {0: [(2, 101)]}
 
 
+def test_small_pieces_wait_for_the_last_layer_of_their_step() -> None:
+    clock = LayerClock(3)
+    progress = PushProgress([Group(BLOCK, 0, "full")], [0, 0, 0], [8, 8, 8], least=16)
+    progress.reserve(4, [want(0, 1)])
+    progress.chunk(1, 0, 5, ([7, 8],), replace=True, hits_ready=True)
+    clock.layer_written(0, 1)
+    assert progress.next(clock) is None
+    clock.layer_written(1, 1)
+    assert pushed_blocks(progress.next(clock)) == {0: [(7, 100)], 1: [(7, 100)]}
+    clock.layer_written(2, 1)
+    assert pushed_blocks(progress.next(clock)) == {2: [(7, 100)]}
+
+
 def test_a_preempted_requests_writes_are_void() -> None:
     """They may have carried another request's bytes: the blocks go again, from where they are recomputed."""
-    clock, progress = LayerClock(1), PushProgress([Group(BLOCK, 0, "full")], [0])
+    clock, progress = LayerClock(1), PushProgress([Group(BLOCK, 0, "full")], [0], [8])
     progress.reserve(8, [want(0, 2)])
     progress.chunk(1, 0, 4, ([1],), replace=True, hits_ready=True)
     clock.step_ended(1)
@@ -82,7 +95,7 @@ def test_a_preempted_requests_writes_are_void() -> None:
 
 
 def test_what_landed_before_a_preemption_stays_landed() -> None:
-    clock, progress = LayerClock(1), PushProgress([Group(BLOCK, 0, "full")], [0])
+    clock, progress = LayerClock(1), PushProgress([Group(BLOCK, 0, "full")], [0], [8])
     progress.reserve(8, [want(0, 2)])
     progress.chunk(1, 0, 4, ([1],), replace=True, hits_ready=True)
     clock.step_ended(1)
@@ -106,7 +119,12 @@ def test_every_wanted_block_is_pushed_once(
 ) -> None:
     total = -(-tokens // BLOCK)
     first = min(cached, total)
-    clock, progress = LayerClock(layers), PushProgress([Group(BLOCK, 0, "full")], [0] * layers)
+    clock, progress = (
+        LayerClock(layers),
+        PushProgress(
+            [Group(BLOCK, 0, "full")], [0] * layers, [8] * layers, data.draw(st.sampled_from([0, 40]))
+        ),
+    )
     seen: dict[int, list[int]] = {layer: [] for layer in range(layers)}
     reserved = False
 

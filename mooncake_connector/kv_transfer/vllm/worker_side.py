@@ -1,6 +1,7 @@
 """The half of the connector that lives in each worker process: feeds the agent, reports what it finished."""
 
 import logging
+import math
 import secrets
 import sys
 from collections.abc import Mapping
@@ -36,7 +37,8 @@ class WorkerSide:
         self._vllm_config, self._kv_cache_config, self._config = vllm_config, kv_cache_config, config
         self._agent: WorkerAgent | None = None
         self._layers: dict[str, int] = {}
-        self._stride = 1
+        self._token_bytes = 0.0
+        self._wake_after = 1
         self._meta: StepMetadata | None = None
         self._since_wake = 0
         self._empty_handed = 0
@@ -63,7 +65,8 @@ class WorkerSide:
             rank=get_tensor_model_parallel_rank(),
             layout=layout,
         )
-        self._stride = self._config.push_layer_stride or max(1, len(self._layers) // 8)
+        blocks = sum(plane.nbytes for plane in layout.planes)
+        self._token_bytes = blocks / layout.groups[0].block_size / len(self._layers)
         # The I/O thread's hand-overs are short and urgent; by default it may wait 5 ms for the interpreter.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._agent = WorkerAgent(info, self._config)
@@ -75,6 +78,11 @@ class WorkerSide:
 
     def step_begins(self, meta: StepMetadata) -> None:
         self._meta = meta
+        # Waking the I/O thread takes the interpreter from the forward pass: only where it will find enough
+        # to push.
+        layer_bytes = self._token_bytes * sum(chunk.end - chunk.start for chunk in meta.chunks)
+        self._wake_after = max(1, math.ceil(self._config.push_bytes / max(layer_bytes, 1.0)))
+        self._since_wake = 0
         if self._agent is not None and (meta.chunks or meta.preempted or meta.ended):
             self._agent.step(meta.step, meta.chunks, meta.preempted, meta.ended)
 
@@ -86,7 +94,8 @@ class WorkerSide:
             return
         self._agent.clock.layer_written(layer, self._meta.step)
         self._since_wake += 1
-        if self._agent.busy and self._since_wake >= self._stride:
+        last = layer == len(self._layers) - 1
+        if self._agent.busy and (last or self._since_wake >= self._wake_after):
             self._since_wake = 0
             self._agent.wake()
 
