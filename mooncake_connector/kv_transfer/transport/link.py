@@ -21,7 +21,7 @@ from mooncake_connector.kv_transfer.transport.syscalls import MSG_DONTWAIT, Scat
 FRAME_BYTES = wire.MAX_FRAME_BYTES
 """Large writes are cut into frames of this size: the grain of fairness."""
 
-STRIPE_BYTES = 256 << 10
+STRIPE_BYTES = 1 << 20
 """Writes below this size use one connection."""
 
 INLINE_BYTES = 32 << 10
