@@ -19,7 +19,7 @@ import zmq
 
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.errors import MooncakeError
-from mooncake_connector.kv_transfer.decode_end import DecodeEnd, LoadReport
+from mooncake_connector.kv_transfer.decode_end import DecodeEnd
 from mooncake_connector.kv_transfer.layout import WorkerInfo
 from mooncake_connector.kv_transfer.memory import Ranges
 from mooncake_connector.kv_transfer.messages import (
@@ -33,7 +33,9 @@ from mooncake_connector.kv_transfer.messages import (
     OpenLink,
 )
 from mooncake_connector.kv_transfer.plan import CopyPlan
-from mooncake_connector.kv_transfer.prefill_end import Chunk, PrefillEnd
+from mooncake_connector.kv_transfer.ports import LoadReport
+from mooncake_connector.kv_transfer.prefill_end import PrefillEnd
+from mooncake_connector.kv_transfer.push import Chunk
 from mooncake_connector.kv_transfer.side_channel import Client, Server
 from mooncake_connector.kv_transfer.transport import (
     Endpoint,

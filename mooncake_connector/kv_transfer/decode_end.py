@@ -5,14 +5,10 @@ Sans-IO: calls come in with the time, effects go out through `DecodePorts`.
 
 import logging
 from enum import Enum, auto
-from typing import Protocol
-
-import msgspec
 
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.errors import IncompatibleError
 from mooncake_connector.kv_transfer.layout import BlockIds, WorkerInfo, check_compatible
-from mooncake_connector.kv_transfer.memory import Ranges
 from mooncake_connector.kv_transfer.messages import (
     Cancel,
     CancelAck,
@@ -32,6 +28,7 @@ from mooncake_connector.kv_transfer.messages import (
     Welcome,
     unpack_blocks,
 )
+from mooncake_connector.kv_transfer.ports import DecodePorts, LoadReport
 from mooncake_connector.kv_transfer.session import (
     Outcome,
     ReceiveAction,
@@ -39,58 +36,10 @@ from mooncake_connector.kv_transfer.session import (
     ReceiveSession,
     ReceiveState,
 )
-from mooncake_connector.kv_transfer.transport.base import Endpoint, SourceIdentity
 
 logger = logging.getLogger(__name__)
 
 PeerId = int
-
-
-class LoadReport(msgspec.Struct, frozen=True):
-    """How one load went, for the request's answer, logs and metrics.
-
-    Attributes:
-        path: transport that carried it; empty if none was reached.
-        wait_s: from the reservation to the end.
-        early_bytes: of `nbytes`, landed before the prefill's last chunk ended.
-        failed_blocks: ids of the reserved blocks of the first group, if the load failed.
-    """
-
-    request_id: str
-    outcome: Outcome
-    reason: str
-    path: str
-    nbytes: int
-    early_bytes: int
-    wait_s: float
-    push_s: float
-    failed_blocks: tuple[int, ...] = ()
-
-
-class DecodePorts(Protocol):
-    """The effects of `DecodeEnd`. None may block for longer than one bounded copy."""
-
-    def dial(self, address: str) -> PeerId:
-        """Connect a control channel; messages and failures come back through `DecodeEnd`."""
-
-    def send(self, peer: PeerId, message: Message) -> None: ...
-
-    def hang_up(self, peer: PeerId, name: str) -> None:
-        """Close the control channel and the data link named `name`."""
-
-    def choose_path(self, identity: SourceIdentity) -> tuple[str, str]:
-        """(transport, why) for reaching us from that process."""
-
-    def admit(self, name: str) -> Endpoint: ...
-
-    def grant(self, key: int, name: str, ranges: Ranges) -> None: ...
-
-    def fence(self, key: int) -> None:
-        """Make late writes under `key` impossible; answered by `DecodeEnd.fenced`."""
-
-    def ungrant(self, key: int) -> None: ...
-
-    def report(self, report: LoadReport) -> None: ...
 
 
 class _PeerState(Enum):

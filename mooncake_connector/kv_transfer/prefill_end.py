@@ -6,9 +6,6 @@ Sans-IO: calls come in with the time, effects go out through `PrefillPorts`.
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Protocol
-
-import msgspec
 
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.errors import IncompatibleError
@@ -30,58 +27,17 @@ from mooncake_connector.kv_transfer.messages import (
     Welcome,
     unpack_want,
 )
-from mooncake_connector.kv_transfer.plan import CopyPlan
-from mooncake_connector.kv_transfer.push import Clock, PushProgress, Want
-from mooncake_connector.kv_transfer.session import SendAction, SendEvent, SendSession, SendState
+from mooncake_connector.kv_transfer.ports import PrefillPorts
+from mooncake_connector.kv_transfer.push import Chunk, Clock, PushProgress, Want, check_want
+from mooncake_connector.kv_transfer.send_transfer import SendTransfer, TransferKey
+from mooncake_connector.kv_transfer.session import SendAction, SendEvent, SendState
 from mooncake_connector.kv_transfer.transport.base import SourceIdentity
 
 logger = logging.getLogger(__name__)
 
 PeerId = bytes
-TransferKey = tuple[str, bytes]  # transfer id, prompt hash
 
 REMEMBERED = 4096  # reservations and transfers that are over, kept to answer late messages
-
-
-class PrefillPorts(Protocol):
-    """The effects of `PrefillEnd`. None may block."""
-
-    def send(self, peer: PeerId, message: Message) -> None: ...
-
-    def open_link(self, peer: PeerId, name: str, offer: OpenLink) -> None:
-        """Open the data link; answered by `PrefillEnd.link_up` or `link_down`."""
-
-    def write(self, peer: PeerId, key: int, op: int, plan: CopyPlan) -> None:
-        """Push over the peer's link; answered by `PrefillEnd.write_ended`."""
-
-    def allow_reader(self, pid: int) -> None:
-        """Let that process of this host read our memory."""
-
-    def close_link(self, peer: PeerId) -> None:
-        """Close the peer's link; its writes end."""
-
-    def sent(self, request_id: str) -> None:
-        """The finished request's blocks may be freed."""
-
-
-class Chunk(msgspec.Struct, frozen=True):
-    """One request's share of a scheduler step.
-
-    Attributes:
-        start: tokens computed before this step.
-        end: tokens computed after it.
-        blocks: per group, block ids to append to the request's table (all of them if `replace`).
-        hits_ready: tokens before `start` are in memory already.
-    """
-
-    request_id: str
-    transfer_id: str
-    prompt_hash: bytes
-    start: int
-    end: int
-    blocks: tuple[list[int], ...]
-    replace: bool
-    hits_ready: bool
 
 
 class _Peer:
@@ -89,23 +45,6 @@ class _Peer:
         self.info = info
         self.linked = False
         self.deadline = deadline  # for the link
-
-
-class _Transfer:
-    def __init__(self, id: TransferKey, state: SendState, progress: PushProgress, now: float) -> None:
-        self.id = id
-        self.session = SendSession(state)
-        self.progress = progress
-        self.request_id: str | None = None
-        self.ended = False  # the scheduler ended the request
-        self.held = False  # ... and its blocks wait for us
-        self.freed = False
-        self.peer: PeerId | None = None
-        self.reservation = 0
-        self.deadline = now
-        self.op_bytes: dict[int, int] = {}
-        self.nbytes = self.early_bytes = 0
-        self.first_write = now
 
 
 class PrefillEnd:
@@ -133,9 +72,9 @@ class PrefillEnd:
             self._block_bytes[plane.layer] += plane.nbytes
         self._directory: Sequence[str] = ()
         self._peers: dict[PeerId, _Peer] = {}
-        self._transfers: dict[TransferKey, _Transfer] = {}
-        self._by_request: dict[str, _Transfer] = {}
-        self._by_key: dict[int, _Transfer] = {}
+        self._transfers: dict[TransferKey, SendTransfer] = {}
+        self._by_request: dict[str, SendTransfer] = {}
+        self._by_key: dict[int, SendTransfer] = {}
         self._over: OrderedDict[TransferKey | int | str, str] = OrderedDict()
 
     # ------------------------------------------------------------------ the engine's side
@@ -327,7 +266,7 @@ class PrefillEnd:
         self._settle(transfer)
 
     def _refusal(
-        self, peer: PeerId, message: Reserve, want: Sequence[Want], transfer: _Transfer | None
+        self, peer: PeerId, message: Reserve, want: Sequence[Want], transfer: SendTransfer | None
     ) -> str | None:
         if message.key in self._over:
             return self._over[message.key]
@@ -337,20 +276,8 @@ class PrefillEnd:
             return self._over[message.transfer_id, message.prompt_hash]
         if transfer is not None and transfer.reservation:
             return "another decode request has reserved this transfer"
-        self._check_want(peer, want)
+        check_want(want, self._peers[peer].info.layout)
         return None
-
-    def _check_want(self, peer: PeerId, want: Sequence[Want]) -> None:
-        layout = self._peers[peer].info.layout
-        if len(want) != len(layout.groups):
-            raise ValueError(f"{len(want)} groups, the layout has {len(layout.groups)}")
-        for w in want:
-            if w.index.size and (
-                w.index.min() < 0 or w.block.min() < 0 or w.block.max() >= layout.num_blocks
-            ):
-                raise ValueError(f"a block id outside 0..{layout.num_blocks - 1}")
-            if (w.index[1:] <= w.index[:-1]).any():
-                raise ValueError("block positions do not ascend")
 
     def _cancel(self, peer: PeerId, message: Cancel, now: float) -> None:
         transfer = self._by_key.get(message.key)
@@ -381,14 +308,14 @@ class PrefillEnd:
                 transfer.deadline = now + self._config.lease_s
         self._ports.send(peer, HeartbeatAck(tuple(unknown)))
 
-    def _add(self, id: TransferKey, state: SendState, now: float) -> _Transfer:
+    def _add(self, id: TransferKey, state: SendState, now: float) -> SendTransfer:
         progress = PushProgress(
             self._info.layout.groups, self._layer_groups, self._block_bytes, self._config.push_bytes
         )
-        transfer = self._transfers[id] = _Transfer(id, state, progress, now)
+        transfer = self._transfers[id] = SendTransfer(id, state, progress, now)
         return transfer
 
-    def _push(self, transfer: _Transfer, now: float) -> None:
+    def _push(self, transfer: SendTransfer, now: float) -> None:
         if transfer.session.state is SendState.PUSHING and transfer.request_id is not None:
             assert transfer.peer is not None
             peer = self._peers.get(transfer.peer)
@@ -421,7 +348,7 @@ class PrefillEnd:
         if transfer.session.state is SendState.DRAINING and not transfer.progress.in_flight:
             self._handle(transfer, SendEvent.DRAINED, now)
 
-    def _handle(self, transfer: _Transfer, event: SendEvent, now: float, reason: str = "") -> None:
+    def _handle(self, transfer: SendTransfer, event: SendEvent, now: float, reason: str = "") -> None:
         session = transfer.session
         for action in session.handle(event, reason):
             if action is SendAction.REPLY:
@@ -444,7 +371,7 @@ class PrefillEnd:
         if session.state is SendState.DRAINING and not transfer.progress.in_flight:
             self._handle(transfer, SendEvent.DRAINED, now)
 
-    def _settle(self, transfer: _Transfer) -> None:
+    def _settle(self, transfer: SendTransfer) -> None:
         """Free what may be freed and forget what is over."""
         if transfer.freed and transfer.held:
             assert transfer.request_id is not None

@@ -13,7 +13,7 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from mooncake_connector.kv_transfer.layout import BlockIds, Group
+from mooncake_connector.kv_transfer.layout import BlockIds, Group, KVLayout
 
 
 class Clock(Protocol):
@@ -33,6 +33,42 @@ class Want(msgspec.Struct, frozen=True, eq=False):
 
     index: BlockIds
     block: BlockIds
+
+
+def check_want(want: Sequence[Want], target: KVLayout) -> None:
+    """Whether decode's wants make sense for its layout.
+
+    Raises:
+        ValueError: another number of groups, positions that do not ascend, ids outside decode's pool.
+    """
+    if len(want) != len(target.groups):
+        raise ValueError(f"{len(want)} groups, the layout has {len(target.groups)}")
+    for w in want:
+        low = min(w.index.min(initial=0), w.block.min(initial=0))
+        if low < 0 or w.block.max(initial=0) >= target.num_blocks:
+            raise ValueError(f"a block id outside 0..{target.num_blocks - 1}")
+        if (w.index[1:] <= w.index[:-1]).any():
+            raise ValueError("block positions do not ascend")
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """One request's share of a scheduler step.
+
+    Attributes:
+        start: tokens computed before this step.
+        end: tokens computed after it.
+        blocks: per group, block ids to append to the request's table (all of them if `replace`).
+        hits_ready: tokens before `start` are in memory already.
+    """
+
+    request_id: str
+    transfer_id: str
+    prompt_hash: bytes
+    start: int
+    end: int
+    blocks: tuple[list[int], ...]
+    replace: bool
+    hits_ready: bool
 
 
 class Span(msgspec.Struct, frozen=True):

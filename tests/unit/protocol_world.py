@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.kv_transfer.agent import LayerClock
-from mooncake_connector.kv_transfer.decode_end import DecodeEnd, LoadReport
+from mooncake_connector.kv_transfer.decode_end import DecodeEnd
 from mooncake_connector.kv_transfer.layout import Group, KVLayout, Plane, WorkerInfo
 from mooncake_connector.kv_transfer.memory import Ranges
 from mooncake_connector.kv_transfer.messages import (
@@ -24,7 +24,9 @@ from mooncake_connector.kv_transfer.messages import (
     pack_blocks,
 )
 from mooncake_connector.kv_transfer.plan import CopyPlan
-from mooncake_connector.kv_transfer.prefill_end import Chunk, PrefillEnd
+from mooncake_connector.kv_transfer.ports import LoadReport
+from mooncake_connector.kv_transfer.prefill_end import PrefillEnd
+from mooncake_connector.kv_transfer.push import Chunk
 from mooncake_connector.kv_transfer.session import Outcome
 from mooncake_connector.kv_transfer.transport.base import Endpoint, SourceIdentity
 

@@ -7,9 +7,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
 )
 
-from mooncake_connector.kv_transfer.decode_end import LoadReport
 from mooncake_connector.kv_transfer.layout import WorkerInfo
-from mooncake_connector.kv_transfer.prefill_end import Chunk
+from mooncake_connector.kv_transfer.ports import LoadReport
+from mooncake_connector.kv_transfer.push import Chunk
 from mooncake_connector.kv_transfer.vllm.compat import WorkerMetadata
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import zmq
 
 from mooncake_connector import __version__
-from mooncake_connector.kv_transfer.decode_end import LoadReport
 from mooncake_connector.kv_transfer.layout import Group
 from mooncake_connector.kv_transfer.messages import (
     PROTOCOL,
@@ -22,7 +21,8 @@ from mooncake_connector.kv_transfer.messages import (
     WantBlocks,
     pack_blocks,
 )
-from mooncake_connector.kv_transfer.prefill_end import Chunk
+from mooncake_connector.kv_transfer.ports import LoadReport
+from mooncake_connector.kv_transfer.push import Chunk
 from mooncake_connector.kv_transfer.side_channel import Client, address_of, split_address
 from mooncake_connector.kv_transfer.vllm.compat import (
     adapter_name,

@@ -14,9 +14,9 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from mooncake_connector import __version__
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.kv_transfer.agent import WorkerAgent
-from mooncake_connector.kv_transfer.decode_end import LoadReport
 from mooncake_connector.kv_transfer.layout import WorkerInfo
 from mooncake_connector.kv_transfer.messages import PROTOCOL
+from mooncake_connector.kv_transfer.ports import LoadReport
 from mooncake_connector.kv_transfer.vllm.kv_layout import layout_of, model_hash
 from mooncake_connector.kv_transfer.vllm.metadata import LoadReports, StepMetadata, WorkerHandshake
 
