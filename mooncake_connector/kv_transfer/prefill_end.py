@@ -135,6 +135,7 @@ class PrefillEnd:
         """Submit every write that has become possible."""
         for transfer in list(self._by_key.values()):
             self._push(transfer, now)
+            self._settle(transfer)
 
     # ------------------------------------------------------------------ decode's side
 
@@ -205,13 +206,13 @@ class PrefillEnd:
                 case SendState.HELD | SendState.PUSHING if transfer.held:
                     logger.warning("lease of transfer %s expired: its KV is freed", transfer.id[0])
                     self._handle(transfer, SendEvent.LEASE_EXPIRED, now, "the lease expired")
-                    transfer.deadline = now + self._config.peer_timeout_s
                 case SendState.DRAINING if transfer.peer is not None:
                     # Its writes do not end: closing the link ends them.
                     self._ports.close_link(transfer.peer)
                     self.link_down(transfer.peer, "writes do not end", now)
             self._settle(transfer)
         for peer in [p for p, known in self._peers.items() if not known.linked and now >= known.deadline]:
+            self._ports.close_link(peer)
             self.link_down(peer, "it opened no link", now)
 
     @property
@@ -286,7 +287,6 @@ class PrefillEnd:
             self._remember(message.key, "cancelled")
             self._ports.send(peer, CancelAck(message.key))
             return
-        transfer.deadline = now + self._config.peer_timeout_s
         self._handle(transfer, SendEvent.CANCEL, now, "decode cancelled")
         self._settle(transfer)
 
@@ -350,7 +350,11 @@ class PrefillEnd:
 
     def _handle(self, transfer: SendTransfer, event: SendEvent, now: float, reason: str = "") -> None:
         session = transfer.session
-        for action in session.handle(event, reason):
+        before = session.state
+        actions = session.handle(event, reason)
+        if session.state is SendState.DRAINING and before is not SendState.DRAINING:
+            transfer.deadline = now + self._config.peer_timeout_s
+        for action in actions:
             if action is SendAction.REPLY:
                 action = SendAction.SEND_CANCEL_ACK if session.cancelled else SendAction.SEND_FAILED
             key = transfer.reservation

@@ -1,0 +1,79 @@
+"""Prefill's end where the adversary does not look: what one transfer's trouble does to others."""
+
+from tests.unit.protocol_world import (
+    BLOCK,
+    CONFIG,
+    DecodeRequest,
+    FlyingWrite,
+    PrefillRequest,
+    World,
+    blocks_of,
+    hash_of,
+)
+
+
+def settle(world: World) -> None:
+    """Deliver all messages and open all links."""
+    for _ in range(6):
+        for c in list(world.connections.values()):
+            while c.to_prefill:
+                world.deliver(c, True)
+            while c.to_decode:
+                world.deliver(c, False)
+            if c.offer is not None:
+                world.complete_link(c)
+
+
+def start(world: World, n: int) -> PrefillRequest:
+    """A request on both sides, its prefill computed and its writes in flight."""
+    tokens = 2 * BLOCK + 1
+    r = PrefillRequest(f"p{n}", f"t{n}", n, tokens)
+    world.prefill.requests[r.id] = r
+    world.prefill.end.expect(r.id, r.transfer, hash_of(n), world.now)
+    blocks = [world.decode.free.pop(0) for _ in range(blocks_of(tokens - 1))]
+    world.decode.reserve(DecodeRequest(f"d{n}", r.transfer, n, tokens, 0, blocks), world.address)
+    settle(world)
+    world.prefill.begin_step(r, tokens, 0)
+    while world.prefill.chunk is not None:
+        world.prefill.write_layer()
+    world.prefill.end.pump(world.now)
+    return r
+
+
+def writes_of(world: World, n: int) -> list[FlyingWrite]:
+    keys = [k for k, load in world.decode.end._loads.items() if load.want.request_id == f"d{n}"]
+    return [w for w in world.flying if w.key in keys]
+
+
+def test_an_abort_leaves_the_link_to_others() -> None:
+    """Writes of an aborted request may take their time: the link is closed only once they seem stuck."""
+    world = World()
+    aborted, other = start(world, 1), start(world, 2)
+    world.prefill.finish(aborted, aborted=True)
+    world.pass_time(1.0)
+    assert all(c.linked for c in world.connections.values())
+    for write in writes_of(world, 2):
+        world.land(write, 1_000)
+    world.prefill.finish(other, aborted=False)
+    settle(world)
+    assert world.decode.requests["d2"].reported is not None
+    assert world.decode.requests["d2"].reported.outcome == "loaded"
+    assert world.decode.requests["d1"].reported is None, "a write of the aborted request is still in flight"
+    world.pass_time(CONFIG.peer_timeout_s)
+    assert not any(c.linked for c in world.connections.values())
+
+
+def test_a_lease_that_decode_renews_does_not_end() -> None:
+    world = World()
+    held = start(world, 1)
+    world.prefill.finish(held, aborted=False)
+    for _ in range(20):
+        world.pass_time(CONFIG.heartbeat_s / 2)
+        settle(world)
+    assert world.prefill.requests, "the blocks were freed while decode waited for them"
+    for write in writes_of(world, 1):
+        world.land(write, 1_000)
+    settle(world)
+    assert not world.prefill.requests
+    assert world.decode.requests["d1"].reported is not None
+    assert world.decode.requests["d1"].reported.outcome == "loaded"
