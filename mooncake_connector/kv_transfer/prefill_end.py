@@ -194,14 +194,9 @@ class PrefillEnd:
                 continue
             match transfer.session.state:
                 case SendState.UNMATCHED:
-                    others = any(
-                        t.id[0] == transfer.id[0] and t is not transfer for t in self._transfers.values()
-                    )
-                    why = (
-                        "prefill has this transfer id with another prompt (do both serve the same tokenizer?)"
-                        if others
-                        else "prefill never received this request"
-                    )
+                    why = "prefill never received this request"
+                    if sum(id[0] == transfer.id[0] for id in self._transfers) > 1:
+                        why = "prefill has this transfer id with another prompt: are the tokenizers the same?"
                     self._handle(transfer, SendEvent.MATCH_EXPIRED, now, why)
                 case SendState.HELD | SendState.PUSHING if transfer.held:
                     logger.warning("lease of transfer %s expired: its KV is freed", transfer.id[0])
