@@ -11,8 +11,7 @@ cd "$(dirname "$0")/.."
 MODEL="${1:-$(python -c 'from mooncake_connector.demo import models; print(models.make("tiny-llama"))' 2>/dev/null)}"
 echo "model: $MODEL"
 
-# For several engines on the CPUs of one machine. On GPUs leave these out and give each engine its own:
-# CUDA_VISIBLE_DEVICES=0 vllm serve ..., CUDA_VISIBLE_DEVICES=1 vllm serve ...
+# For several engines on the CPUs of one machine (this version refuses engines whose KV is on a GPU).
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 VLLM_HOST_IP=127.0.0.1
 COMMON=(--host 127.0.0.1 --served-model-name m --max-model-len 4096 --block-size 32 --enforce-eager)
 
