@@ -26,6 +26,7 @@ from mooncake_connector.kv_transfer.messages import (
     AnyMessage,
     LocalAbort,
     LocalDirectory,
+    LocalDrop,
     LocalExpect,
     LocalRelease,
     LocalReserve,
@@ -343,6 +344,8 @@ class WorkerAgent:
                 self.prefill.directory(message.addresses)
             case LocalExpect():
                 self.prefill.expect(message.request_id, message.transfer_id, message.prompt_hash, now)
+            case LocalDrop():
+                self.prefill.drop(message.transfer_id, now)
             case LocalReserve():
                 self.decode.reserve(message, now)
             case LocalAbort():

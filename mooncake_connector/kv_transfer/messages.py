@@ -153,6 +153,13 @@ class LocalReserve(Message, frozen=True):
     want: tuple[WantBlocks, ...]
 
 
+class LocalDrop(Message, frozen=True):
+    """Nobody will come for this transfer: its KV need not be held, whatever the prompt."""
+
+    token: bytes
+    transfer_id: str
+
+
 class LocalAbort(Message, frozen=True):
     token: bytes
     request_id: str
@@ -183,6 +190,7 @@ AnyMessage = (
     | LocalDirectory
     | LocalExpect
     | LocalReserve
+    | LocalDrop
     | LocalAbort
     | LocalRelease
 )

@@ -88,10 +88,8 @@ class PrefillEnd:
         id = (transfer_id, prompt_hash)
         if request_id in self._by_request or request_id in self._over:
             return
-        transfer = self._transfers.get(id)
-        if transfer is None:
-            transfer = self._add(id, SendState.QUEUED, now)
-        elif transfer.request_id is not None:
+        transfer = self._transfers.get(id) or self._add(id, SendState.QUEUED, now)
+        if transfer.request_id is not None:
             return  # n > 1: one request's KV serves all samples of the prompt
         transfer.request_id = request_id
         self._by_request[request_id] = transfer
@@ -130,6 +128,11 @@ class PrefillEnd:
         else:
             self._handle(transfer, SendEvent.PREFILL_ABORTED, now, "the prefill request was aborted")
         self._settle(transfer)
+
+    def drop(self, transfer_id: str, now: float) -> None:
+        """Nobody will come for this transfer; one that decode has reserved already goes on."""
+        for id in [id for id in self._transfers if id[0] == transfer_id]:
+            self._release(Release(*id), now)
 
     def pump(self, now: float) -> None:
         """Submit every write that has become possible."""
@@ -225,10 +228,9 @@ class PrefillEnd:
             self._ports.send(peer, Refused(str(e)))
             return
         if rank != self._info.rank:
-            if rank < len(self._directory):
-                self._ports.send(peer, Redirect(self._directory[rank]))
-            else:
-                self._ports.send(peer, Refused(f"no prefill rank {rank}: this engine is still starting"))
+            known = rank < len(self._directory)
+            no_rank = Refused(f"no prefill rank {rank}: this engine is still starting")
+            self._ports.send(peer, Redirect(self._directory[rank]) if known else no_rank)
             return
         self._peers[peer] = _Peer(hello.info, now + 2 * self._config.handshake_timeout_s)
         self._ports.allow_reader(hello.pid)

@@ -1,6 +1,7 @@
 """One request's life: the calls to prefill and decode, what is retried, and what is cancelled."""
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -14,7 +15,7 @@ from aiohttp import hdrs
 from mooncake_connector.errors import MooncakeError
 from mooncake_connector.scheduler.engines.base import Engine, told
 from mooncake_connector.scheduler.metrics import ProxyMetrics
-from mooncake_connector.scheduler.openai import ClientRequest
+from mooncake_connector.scheduler.openai import COMPLETIONS, ClientRequest
 from mooncake_connector.scheduler.policy import Choice, Demand, Policy
 from mooncake_connector.scheduler.pool import Instance, Pool
 
@@ -185,9 +186,7 @@ class Dispatcher:
             return
         if whole and answer.status == 200 and not prefill.done():
             # Its answer is due any moment; waiting for it keeps the connection, but not the client.
-            task = asyncio.create_task(self._outlive(prefill))
-            self._lingering.add(task)
-            task.add_done_callback(self._lingering.discard)
+            self._keep(asyncio.create_task(self._outlive(prefill)))
             return
         await _cancelled(prefill)
 
@@ -227,6 +226,8 @@ class Dispatcher:
                     if not opening.cancelled() and not opening.exception():
                         opening.result().close()
                 release()
+                if source and prefill and (prefill.cancelled() or not prefill.exception()):
+                    self._keep(asyncio.create_task(self._release(source, request, headers, transfer_id)))
 
     async def _prefill(
         self,
@@ -284,6 +285,21 @@ class Dispatcher:
         finally:
             if reply and not opened:
                 reply.close()
+
+    async def _release(
+        self, source: Instance, request: ClientRequest, headers: Mapping[str, str], transfer_id: str
+    ) -> None:
+        """Tell prefill that nobody comes: decode may never have seen the request, and the lease is long."""
+        body = self._engine.release_body(request, transfer_id)
+        own = {k: v for k, v in headers.items() if k.lower() != "x-request-id"}
+        with contextlib.suppress(*BROKEN):
+            async with asyncio.timeout(LINGER):
+                async with self._session.post(source.url + COMPLETIONS, data=body, headers=own) as reply:
+                    await reply.read()
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._lingering.add(task)
+        task.add_done_callback(self._lingering.discard)
 
     async def _outlive(self, prefill: asyncio.Task[bytes]) -> None:
         await asyncio.wait({prefill}, timeout=LINGER)

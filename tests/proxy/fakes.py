@@ -57,6 +57,7 @@ class FakeEngine:
         self.calls: list[Call] = []
         self.probes = 0
         self.failures: list[int | str] = []
+        self.released: list[str] = []
         self.delay = 0.0
         self.gap = 0.0
         self.stream = events()
@@ -136,6 +137,10 @@ class FakeEngine:
             assert body["max_tokens"] == 1
             assert body["model"] == MODEL
             return self._probe_answer()
+        if released := (body.get("kv_transfer_params") or {}).get("release"):
+            assert body["max_tokens"] == 1
+            self.released.append(released)
+            return web.json_response({"choices": []})
         call = Call(request.path, body, raw, request.headers.copy(), time.monotonic())
         self.calls.append(call)
         try:

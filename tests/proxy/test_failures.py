@@ -38,6 +38,9 @@ async def test_a_client_that_leaves_ends_both_upstream_calls(start: Start, strea
         assert call.aborted
     assert time.monotonic() - left < 1
     await setting.settled(lambda _: idle(setting), 1)
+    # Decode's engine may never have seen the request: prefill is told that nobody comes for its KV.
+    transfer = setting.decode[0].calls[0].params["transfer_id"]
+    await setting.settled(lambda _: setting.prefill[0].released == [transfer], 1)
     assert setting.count("requests_total", path="/v1/completions", outcome="cancelled") == 1
 
 
@@ -69,6 +72,7 @@ async def test_decode_fails_before_its_first_byte_and_another_serves(start: Star
     assert bad.calls[0].params["transfer_id"] != good.calls[0].params["transfer_id"]
     pushed = [call.params["transfer_id"] for call in setting.prefill[0].calls]
     assert good.calls[0].params["transfer_id"] in pushed
+    await setting.settled(lambda _: setting.prefill[0].released == [bad.calls[0].params["transfer_id"]], 1)
     await setting.settled(lambda _: idle(setting), 1)
 
 

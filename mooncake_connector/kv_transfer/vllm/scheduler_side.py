@@ -15,6 +15,7 @@ from mooncake_connector.kv_transfer.messages import (
     PROTOCOL,
     LocalAbort,
     LocalDirectory,
+    LocalDrop,
     LocalExpect,
     LocalRelease,
     LocalReserve,
@@ -102,6 +103,10 @@ class SchedulerSide:
 
     def on_new_request(self, request: Any) -> None:
         params = request.kv_transfer_params or {}
+        if released := params.get("release"):
+            for client, token in self._workers:
+                client.send(LocalDrop(token, str(released)))
+            return
         if not request.prompt_token_ids:
             return  # prompt embeddings have no token ids to recognise the prompt by
         if params.get("do_remote_decode"):

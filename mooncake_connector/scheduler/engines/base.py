@@ -105,6 +105,9 @@ class Engine(Protocol):
     def prefill_body(self, request: ClientRequest, transfer_id: str) -> bytes:
         """Body that makes the prefill engine compute the same prompt and push its KV."""
 
+    def release_body(self, request: ClientRequest, transfer_id: str) -> bytes:
+        """A completion that tells a prefill engine to let go of a transfer that nobody will come for."""
+
     def decode_params(self, prefill: EngineInfo, transfer_id: str) -> dict[str, Any]:
         """What the decode engine needs to know to receive it."""
 

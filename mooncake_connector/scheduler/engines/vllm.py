@@ -114,6 +114,16 @@ class VllmEngine:
         }
         return msgspec.json.encode(fields)
 
+    def release_body(self, request: ClientRequest, transfer_id: str) -> bytes:
+        fields: dict[str, Any] = {
+            "prompt": [0],
+            "max_tokens": 1,
+            "kv_transfer_params": {"release": transfer_id},
+        }
+        if (model := request.get("model")) is not None:
+            fields["model"] = model
+        return msgspec.json.encode(fields)
+
     def decode_params(self, prefill: EngineInfo, transfer_id: str) -> dict[str, Any]:
         return {
             "do_remote_prefill": True,
