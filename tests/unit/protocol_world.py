@@ -384,6 +384,17 @@ class World:
         elif connection.decode is self.decode and not connection.hung_up:
             self.decode.end.message(connection.id, message, self.now)
 
+    def calm(self) -> None:
+        """Everything under way in the network arrives, answers to it included."""
+        for _ in range(6):
+            for c in list(self.connections.values()):
+                while c.to_prefill:
+                    self.deliver(c, True)
+                while c.to_decode:
+                    self.deliver(c, False)
+                if c.offer is not None:
+                    self.complete_link(c)
+
     def complete_link(self, connection: Connection) -> None:
         assert connection.offer is not None
         name, connection.offer = connection.offer.endpoint.token.decode(), None

@@ -12,18 +12,6 @@ from tests.unit.protocol_world import (
 )
 
 
-def settle(world: World) -> None:
-    """Deliver all messages and open all links."""
-    for _ in range(6):
-        for c in list(world.connections.values()):
-            while c.to_prefill:
-                world.deliver(c, True)
-            while c.to_decode:
-                world.deliver(c, False)
-            if c.offer is not None:
-                world.complete_link(c)
-
-
 def start(world: World, n: int) -> PrefillRequest:
     """A request on both sides, its prefill computed and its writes in flight."""
     tokens = 2 * BLOCK + 1
@@ -32,7 +20,7 @@ def start(world: World, n: int) -> PrefillRequest:
     world.prefill.end.expect(r.id, r.transfer, hash_of(n), world.now)
     blocks = [world.decode.free.pop(0) for _ in range(blocks_of(tokens - 1))]
     world.decode.reserve(DecodeRequest(f"d{n}", r.transfer, n, tokens, 0, blocks), world.address)
-    settle(world)
+    world.calm()
     world.prefill.begin_step(r, tokens, 0)
     while world.prefill.chunk is not None:
         world.prefill.write_layer()
@@ -55,7 +43,7 @@ def test_an_abort_leaves_the_link_to_others() -> None:
     for write in writes_of(world, 2):
         world.land(write, 1_000)
     world.prefill.finish(other, aborted=False)
-    settle(world)
+    world.calm()
     assert world.decode.requests["d2"].reported is not None
     assert world.decode.requests["d2"].reported.outcome == "loaded"
     assert world.decode.requests["d1"].reported is None, "a write of the aborted request is still in flight"
@@ -69,11 +57,11 @@ def test_a_lease_that_decode_renews_does_not_end() -> None:
     world.prefill.finish(held, aborted=False)
     for _ in range(20):
         world.pass_time(CONFIG.heartbeat_s / 2)
-        settle(world)
+        world.calm()
     assert world.prefill.requests, "the blocks were freed while decode waited for them"
     for write in writes_of(world, 1):
         world.land(write, 1_000)
-    settle(world)
+    world.calm()
     assert not world.prefill.requests
     assert world.decode.requests["d1"].reported is not None
     assert world.decode.requests["d1"].reported.outcome == "loaded"
