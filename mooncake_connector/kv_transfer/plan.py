@@ -7,7 +7,7 @@ from typing import Self
 import msgspec
 import numpy as np
 
-from mooncake_connector.kv_transfer.memory import Ranges, U64Array
+from mooncake_connector.kv_transfer.memory import U64Array
 
 
 class CopyPlan(msgspec.Struct, frozen=True, eq=False):
@@ -50,10 +50,6 @@ class CopyPlan(msgspec.Struct, frozen=True, eq=False):
         """Bytes that the plan copies."""
         return int(self.length.sum())
 
-    def ranges(self) -> Ranges:
-        """The target's memory that the plan writes."""
-        return Ranges.of(self.dst, self.length)
-
     def split(self, max_bytes: int, max_ranges: int = 1 << 62) -> Iterator[Self]:
         """Cut into plans of at most `max_bytes` and `max_ranges` each; cuts may fall inside a range.
 
@@ -65,18 +61,6 @@ class CopyPlan(msgspec.Struct, frozen=True, eq=False):
         if max_bytes < 1 or max_ranges < 1:
             raise ValueError(f"max_bytes={max_bytes} and max_ranges={max_ranges} must be at least 1")
         return self._cut(np.arange(max_bytes, max(self.nbytes, 1), max_bytes, dtype=np.uint64), max_ranges)
-
-    def shares(self, k: int) -> list[Self]:
-        """Cut into at most `k` non-empty plans whose sizes differ by at most one byte.
-
-        Raises:
-            ValueError: `k` is below 1.
-        """
-        if k < 1:
-            raise ValueError(f"k={k} must be at least 1")
-        total = self.nbytes
-        cuts = np.array(sorted({total * i // k for i in range(1, k)} - {0}), dtype=np.uint64)
-        return list(self._cut(cuts, 1 << 62))
 
     def _cut(self, cuts: U64Array, max_ranges: int) -> Iterator[Self]:
         """Cut at byte positions `cuts` (ascending, inside the plan) and wherever `max_ranges` are full."""

@@ -50,24 +50,6 @@ def test_split_keeps_bytes_and_limits(
     assert len(pieces) == 1 or (pieces and all(piece.nbytes for piece in pieces))
 
 
-@given(blocks, st.integers(1, 9))
-def test_shares_are_near_equal(rows: list[tuple[int, int, int]], k: int) -> None:
-    shares = plan_of(rows).shares(k)
-    assert [b for share in shares for b in bytes_of(share)] == asked(rows)
-    sizes = [share.nbytes for share in shares]
-    assert 1 <= len(sizes) <= k
-    assert max(sizes) - min(sizes) <= 1
-
-
-@given(blocks)
-def test_ranges_are_the_written_bytes(rows: list[tuple[int, int, int]]) -> None:
-    ranges = plan_of(rows).ranges()
-    written = {d for _, d in asked(rows)}
-    pairs = zip(ranges.start.tolist(), ranges.end.tolist(), strict=True)
-    covered = [b for s, e in pairs for b in range(s, e)]
-    assert covered == sorted(written)
-
-
 def test_contiguous_blocks_become_one_range() -> None:
     at = np.arange(1000, dtype=np.uint64) * 4096
     plan = CopyPlan.of(at, at + 7, np.full(1000, 4096))
@@ -80,5 +62,3 @@ def test_shapes_and_limits_are_checked() -> None:
         CopyPlan.of(one, two, one)
     with pytest.raises(ValueError, match="max_bytes=0"):
         plan_of([]).split(0)
-    with pytest.raises(ValueError, match="k=0"):
-        plan_of([]).shares(0)
