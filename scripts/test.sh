@@ -9,8 +9,13 @@ cd "$(dirname "$0")/.."
 layers=("$@")
 [ ${#layers[@]} -gt 0 ] || layers=(unit proxy store faults engine rdma gpu)
 
+rdma_here() { # whether this machine itself can run tests/rdma
+    grep -qs ACTIVE /sys/class/infiniband/*/ports/*/state && .venv/bin/python -c 'import pyverbs.device' 2>/dev/null
+}
+
 absent() { # LAYER: prints what the layer lacks on this machine
     case "$1" in
+    rdma) rdma_here || scripts/rdma/prepare.sh ;;
     gpu) command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU || echo "no NVIDIA GPU" ;;
     esac
 }
@@ -27,16 +32,22 @@ for layer in "${layers[@]}"; do
         summary+=("$layer: NOT RUN, $lack ($files)")
         continue
     fi
-    echo "== tests/$layer"
+    test=(.venv/bin/python -m pytest "tests/$layer" -q)
+    where=""
+    if [ "$layer" = rdma ] && ! rdma_here; then
+        test=(scripts/rdma/guest.sh -t 600 -- "${test[@]}")
+        where=" (in a guest with two soft-RoCE NICs)"
+    fi
+    echo "== tests/$layer$where"
     started=$SECONDS
-    .venv/bin/python -m pytest "tests/$layer" -q
+    "${test[@]}"
     status=$?
     took="$((SECONDS - started)) s"
     case $status in
     0) summary+=("$layer: passed, $took") ;;
     5) summary+=("$layer: no test collected") ;;
     *)
-        summary+=("$layer: FAILED (pytest exit $status), $took")
+        summary+=("$layer: FAILED (exit $status), $took")
         failed=1
         ;;
     esac
