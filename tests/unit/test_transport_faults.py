@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,17 +10,26 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.transport import (
     PATHS,
     Endpoint,
     Receiver,
     SourceIdentity,
-    open_link,
     process_vm,
     wire,
 )
-from tests.unit.transport_peer import Done, HeldTarget, Initiator, Process, random_bytes, span, until
+from tests.unit.transport_peer import (
+    Done,
+    HeldTarget,
+    Initiator,
+    Process,
+    Raw,
+    Watched,
+    copy,
+    random_bytes,
+    span,
+    until,
+)
 
 NBYTES = 96 << 20
 PAGE = 64 << 10
@@ -31,24 +39,21 @@ class Stutterer:
     """An initiator that sends a frame's head and half of its bytes, and the rest only when told."""
 
     def __init__(self) -> None:
-        self._sock = socket.socket()
+        self._raw: Raw
         self._rest = b""
 
     def half(self, endpoint: Endpoint, key: int, dst: int, nbytes: int) -> None:
-        self._sock = socket.create_connection((endpoint.host, endpoint.port))
-        wire.put(self._sock, wire.Hello(wire.VERSION, endpoint.token, "tcp", b"link", 0, 1))
-        assert wire.get(self._sock, wire.Welcome).reason is None
-        head = wire.frame_head(key, 1, 1, plan(0, dst, nbytes), False)
-        self._sock.sendall(head + b"\x01" * (nbytes // 2))
+        self._raw = Raw(endpoint)
+        self._raw.send(key, 1, copy(0, dst, nbytes), b"\x01" * (nbytes // 2))
         self._rest = b"\x02" * (nbytes - nbytes // 2)
 
-    def rest(self) -> tuple[int, str | None]:
-        self._sock.sendall(self._rest)
-        return wire.get_ack(self._sock)
+    def rest(self) -> tuple[int, int, bytes]:
+        self._raw.sock.sendall(self._rest)
+        return self._raw.reply()
 
-    def whole(self, key: int, dst: int, nbytes: int) -> tuple[int, str | None]:
-        self._sock.sendall(wire.frame_head(key, 2, 1, plan(0, dst, nbytes), False) + b"\x03" * nbytes)
-        return wire.get_ack(self._sock)
+    def whole(self, key: int, dst: int, nbytes: int) -> tuple[int, int, bytes]:
+        self._raw.send(key, 2, copy(0, dst, nbytes), b"\x03" * nbytes)
+        return self._raw.reply()
 
 
 class Unprivileged:
@@ -60,10 +65,6 @@ class Unprivileged:
 
     def readable(self, source: SourceIdentity) -> str | None:
         return process_vm.readable(source)
-
-
-def plan(src: int, dst: int, nbytes: int) -> CopyPlan:
-    return CopyPlan.of(np.array([src]), np.array([dst]), np.array([nbytes]))
 
 
 @dataclass
@@ -118,12 +119,13 @@ def test_revoke_fences_a_running_and_a_stopped_initiator(setup: Setup) -> None:
             time.sleep(0.05)
             assert np.array_equal(setup.memory[:half], fenced)
             setup.initiator.signal(signal.SIGCONT)
-        reason = setup.initiator.result()
+        reasons = setup.initiator.result()
         assert np.array_equal(setup.memory[:half], fenced)
         assert np.count_nonzero(fenced) == landed.nbytes
-        assert (reason is None) == (landed.nbytes == half) == (landed.writes == 1)
-        caught += reason is not None
-        assert setup.initiator.call("write", 2, [0], [base + half], [1 << 20]) is None
+        assert (not reasons) == (landed.nbytes == half) == (landed.writes == half >> 20)
+        assert all("revoked" in reason for reason in reasons)
+        caught += bool(reasons)
+        assert setup.initiator.call("write", 2, [0], [base + half], [1 << 20]) == []
     assert caught >= 2, "revoke never met a write under way: the test shows nothing"
     assert setup.downs == []
 
@@ -142,10 +144,10 @@ def test_revoke_while_a_stopped_initiator_owes_half_a_frame() -> None:
     assert time.monotonic() - start < 0.25
     receiver.grant(2, "p", span(memory.ctypes.data, memory.size))
     peer.signal(signal.SIGCONT)
-    assert peer.call("rest") == (1, "key 1 was revoked")
+    assert peer.call("rest") == (1, wire.REFUSED, b"key 1 was revoked")
     assert set(np.unique(memory)) == {0, 1}
     assert np.count_nonzero(memory) == half // 2
-    assert peer.call("whole", 2, memory.ctypes.data, 4096) == (2, None)
+    assert peer.call("whole", 2, memory.ctypes.data, 4096) == (2, wire.LANDED, b"")
     assert (memory[:4096] == 3).all()
     peer.end()
     receiver.close()
@@ -153,7 +155,7 @@ def test_revoke_while_a_stopped_initiator_owes_half_a_frame() -> None:
 
 def test_killed_initiator_is_noticed_at_once(setup: Setup) -> None:
     setup.receiver.grant(1, "p", span(setup.memory.ctypes.data, NBYTES))
-    assert setup.initiator.call("write", 1, [0], [setup.memory.ctypes.data], [PAGE]) is None
+    assert setup.initiator.call("write", 1, [0], [setup.memory.ctypes.data], [PAGE]) == []
     setup.initiator.begin("write", 1, *setup.pages())
     setup.initiator.signal(signal.SIGKILL)
     until(lambda: bool(setup.downs), 1, "link down")
@@ -165,13 +167,12 @@ def test_killed_initiator_is_noticed_at_once(setup: Setup) -> None:
 
 
 def test_killed_idle_initiator_is_noticed_and_its_successor_admitted(setup: Setup) -> None:
-    assert "no grant" in setup.initiator.call("write", 1, [0], [setup.memory.ctypes.data], [PAGE])
     setup.initiator.signal(signal.SIGKILL)
     until(lambda: bool(setup.downs), 1, "link down")
     successor = Process(Initiator, PAGE, 6)
     setup.receiver.grant(1, "p", span(setup.memory.ctypes.data, PAGE))
     successor.call("open", "tcp", setup.receiver.admit("p"), 2)
-    assert successor.call("write", 1, [0], [setup.memory.ctypes.data], [PAGE]) is None
+    assert successor.call("write", 1, [0], [setup.memory.ctypes.data], [PAGE]) == []
     assert np.array_equal(setup.memory[:PAGE], random_bytes(PAGE, 6))
     successor.end()
 
@@ -182,23 +183,26 @@ def test_killed_target_is_noticed_at_once(path: str, busy: bool) -> None:
     target = Process(HeldTarget, NBYTES)
     endpoint, address = target.call("admit", "p", 1)
     source = random_bytes(NBYTES, 1)
-    downs: list[str] = []
-    link = open_link(path, endpoint, name="t", on_down=downs.append)
-    first = Done()
-    link.write(1, plan(source.ctypes.data, address, PAGE), first)
-    assert first.wait() is None
+    link = Watched(path, endpoint).up()
+    assert link.write(1, copy(source.ctypes.data, address, PAGE)) is None
+    rails = list(link.rails.values())
     dones = [Done() for _ in range(20)]
     if busy:
         target.signal(signal.SIGSTOP)
-        for done in dones:
-            link.write(1, plan(source.ctypes.data, address, NBYTES), done)
+        for number, done in enumerate(dones):
+            rails[number % 2].write(1, copy(source.ctypes.data, address, NBYTES), done)
     target.signal(signal.SIGKILL)
-    until(lambda: bool(downs), 1, "link down")
+    until(lambda: bool(link.downs()), 1, "link down")
     if busy:
-        assert all(done.wait() for done in dones)
-        assert all(len(done.reasons) == 1 for done in dones)
+        assert all(done.wait().retry for done in dones)
+        assert all(len(done.results) == 1 for done in dones)
     time.sleep(0.05)
-    assert len(downs) == 1
+    assert len(link.downs()) == 1
+    assert link.kinds()[-1] == ("link",)
+    assert sorted(kind for kind in link.kinds() if kind[0] == "down") == [
+        ("down", f"{path}-0"),
+        ("down", f"{path}-1"),
+    ]
     target.end()
 
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mooncake_connector.kv_transfer.memory import Ranges
-from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.transport import Endpoint, Receiver, wire
+from tests.unit.transport_peer import Raw, copy
 
 GRANTED = 4096
 KEY = 1
@@ -36,19 +36,15 @@ class Target:
                 Ranges.of(np.array([self.strip]), np.array([GRANTED])),
             )
 
-    def connect(self, peer: str) -> socket.socket:
-        endpoint = self.receiver.admit(peer)
-        sock = socket.create_connection((endpoint.host, endpoint.port), 5)
-        wire.put(sock, wire.Hello(wire.VERSION, endpoint.token, "tcp", b"link", 0, 1))
-        assert wire.get(sock, wire.Welcome).reason is None
-        return sock
+    def connect(self, peer: str) -> Raw:
+        raw = Raw(self.receiver.admit(peer))
+        assert raw.welcome == wire.Welcome()
+        return raw
 
     def check(self) -> None:
         """The link of the good peer works, and the outer strips are untouched."""
-        dst, length = np.array([self.strip], np.uint64), np.array([16], np.uint64)
-        head = wire.frame_head(KEY, 5, 1, CopyPlan(dst, dst, length), False)
-        self.good.sendall(head + b"\x11" * 16)
-        assert wire.get_ack(self.good) == (5, None)
+        self.good.send(KEY, 5, copy(0, self.strip, 16), b"\x11" * 16)
+        assert self.good.reply() == (5, wire.LANDED, b"")
         assert (self.memory[GRANTED : GRANTED + 16] == 0x11).all()
         assert not self.memory[:GRANTED].any()
         assert not self.memory[2 * GRANTED :].any()
@@ -58,7 +54,7 @@ class Target:
 def target() -> Iterator[Target]:
     target = Target()
     yield target
-    target.good.close()
+    target.good.sock.close()
     target.receiver.close()
 
 
@@ -91,19 +87,36 @@ def test_garbage_instead_of_hello(target: Target, data: bytes, framed: bool) -> 
 @fuzz
 @given(st.binary(min_size=1, max_size=500))
 def test_garbage_instead_of_frames(target: Target, data: bytes) -> None:
-    assert flush(target.connect("bad"), data) == b""
+    assert flush(target.connect("bad").sock, data) == b""
     target.check()
 
 
+FRAME = struct.Struct("<4sBBHIIQQQ")
+
+
+def table(target: Target, rows: list) -> bytes:
+    """dst, length, src of the first range, then those of all others."""
+    at = [(target.strip + at) % 2**64 for at, _ in rows]
+    length = [length for _, length in rows]
+    first = struct.pack("<QQQ", *(column[0] if column else 0 for column in (at, length, at)))
+    return first + struct.pack(f"<{3 * len(rows[1:])}Q", *at[1:], *length[1:], *at[1:])
+
+
 @fuzz
-@given(u32, u64, u64, u32, u32, ranges, st.integers(0, 3 * GRANTED))
+@given(u32, u32, u32, u64, u64, u32, ranges, st.integers(0, 3 * GRANTED))
 def test_frames_with_any_fields(
-    target: Target, n: int, key: int, write: int, parts: int, nbytes: int, rows: list, payload: int
+    target: Target,
+    kind: int,
+    flags: int,
+    n: int,
+    key: int,
+    number: int,
+    nbytes: int,
+    rows: list,
+    payload: int,
 ) -> None:
-    head = struct.pack("<4sIQQII", b"MKVf", n, key, write, parts, nbytes)
-    body = b"".join(struct.pack("<Q", (target.strip + at) % 2**64) for at, _ in rows)
-    body += b"".join(struct.pack("<Q", length) for _, length in rows)
-    flush(target.connect("bad"), head + body + b"\xff" * payload)
+    head = FRAME.pack(b"MKVf", kind % 256, flags % 256, 0, n, nbytes, key, number, 0)
+    flush(target.connect("bad").sock, head + table(target, rows) + b"\xff" * payload)
     target.check()
 
 
@@ -113,11 +126,18 @@ def test_well_formed_frames_with_any_ranges(target: Target, rows: list) -> None:
     """Lengths add up and the key is right: only the check against the grant stands in the way."""
     rows = [(at, length % GRANTED + 1) for at, length in rows]
     nbytes = sum(length for _, length in rows)
-    head = struct.pack("<4sIQQII", b"MKVf", len(rows), KEY + 1, 9, 1, nbytes)
-    body = struct.pack(f"<{len(rows)}Q", *((target.strip + at) % 2**64 for at, _ in rows))
-    body += struct.pack(f"<{len(rows)}Q", *(length for _, length in rows))
-    said = flush(target.connect("bad"), head + body + b"\xff" * nbytes)
+    head = FRAME.pack(b"MKVf", wire.PAYLOAD, wire.LAST, 0, len(rows), nbytes, KEY + 1, 9, 0)
+    said = flush(target.connect("bad").sock, head + table(target, rows) + b"\xff" * nbytes)
     inside = all(at >= 0 and at + length <= GRANTED for at, length in rows)
-    assert (said[:12] == struct.pack("<QI", 9, 0)) == inside
+    assert (said[:16] == wire.REPLY.pack(9, wire.LANDED, 0)) == inside
     assert (b"outside" in said) != inside
+    target.check()
+
+
+@fuzz
+@given(st.sampled_from([wire.FENCE, wire.ECHO, wire.PROBE, "no such topic", ""]), st.binary(max_size=40))
+def test_questions_with_any_body(target: Target, topic: str, body: bytes) -> None:
+    said = flush(target.connect("bad").sock, wire.question(3, topic, body))
+    number, status, _ = wire.REPLY.unpack(said[: wire.REPLY.size])
+    assert (number, status) == (3, wire.LANDED if topic == wire.ECHO else wire.REFUSED)
     target.check()

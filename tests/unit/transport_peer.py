@@ -3,33 +3,125 @@
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from mooncake_connector.kv_transfer.memory import Ranges
 from mooncake_connector.kv_transfer.plan import CopyPlan
-from mooncake_connector.kv_transfer.transport import Endpoint, Link, Receiver, open_link
+from mooncake_connector.kv_transfer.transport import Endpoint, Failure, Rail, Receiver, StreamLink, wire
+
+SLICE_BYTES = 1 << 20
 
 
 class Done:
-    """An `on_done` that remembers how often it was called and with what."""
+    """An `on_done` or `on_answer` that remembers how often it was called and with what."""
 
     def __init__(self) -> None:
-        self.reasons: list[str | None] = []
+        self.results: list[Any] = []
         self._called = threading.Event()
 
-    def __call__(self, reason: str | None) -> None:
-        self.reasons.append(reason)
+    def __call__(self, result: object) -> None:
+        self.results.append(result)
         self._called.set()
 
-    def wait(self, seconds: float = 10) -> str | None:
-        assert self._called.wait(seconds), f"on_done was not called within {seconds} s"
-        return self.reasons[0]
+    def wait(self, seconds: float = 10) -> Any:
+        assert self._called.wait(seconds), f"not called within {seconds} s"
+        return self.results[0]
+
+
+class Watched:
+    """A link and what it told: the `LinkEvents` of a `StreamLink` over one path.
+
+    Attributes:
+        rails: those that are up, by name.
+        seen: events in order: ("up", rail), ("down", rail, reason), ("fenced", rail), ("link", reason).
+    """
+
+    def __init__(
+        self, path: str | tuple[str, ...], endpoint: Endpoint, connections: int = 2, **options: Any
+    ) -> None:
+        self.rails: dict[str, Rail] = {}
+        self.seen: list[tuple[str, ...]] = []
+        paths = (path,) if isinstance(path, str) else path
+        self.link = StreamLink(
+            endpoint, name="test", connections=connections, paths=paths, events=self, **options
+        )
+        self._whole = len(paths) * connections
+
+    def rail_up(self, rail: Rail) -> None:
+        self.rails[rail.name] = rail
+        self.seen.append(("up", rail.name))
+
+    def rail_down(self, name: str, reason: str) -> None:
+        self.rails.pop(name, None)
+        self.seen.append(("down", name, reason))
+
+    def rail_fenced(self, name: str) -> None:
+        self.seen.append(("fenced", name))
+
+    def link_down(self, reason: str) -> None:
+        self.seen.append(("link", reason))
+
+    def kinds(self) -> list[tuple[str, ...]]:
+        """Events without their reasons."""
+        return [(kind, *(rest[:1] if kind != "link" else ())) for kind, *rest in self.seen]
+
+    def downs(self) -> list[str]:
+        """Why the link went down."""
+        return [event[1] for event in self.seen if event[0] == "link"]
+
+    def up(self) -> "Watched":
+        until(lambda: len(self.rails) == self._whole or bool(self.downs()), 5, "all rails up")
+        assert len(self.rails) == self._whole, self.seen
+        return self
+
+    def spread(self, key: int, plan: CopyPlan) -> list[Done]:
+        """Write slices of a plan over all rails in turn."""
+        rails = list(self.rails.values())
+        dones = []
+        for number, piece in enumerate(plan.split(SLICE_BYTES, 4096)):
+            dones.append(Done())
+            rails[number % len(rails)].write(key, piece, dones[-1])
+        return dones
+
+    def write(self, key: int, plan: CopyPlan) -> Failure | None:
+        """Write over the first rail, and wait."""
+        done = Done()
+        self.rails[min(self.rails)].write(key, plan, done)
+        result: Failure | None = done.wait()
+        return result
+
+    def close(self) -> None:
+        self.link.close()
+
+
+class Raw:
+    """A connection to a target, made by hand."""
+
+    def __init__(self, endpoint: Endpoint, **fields: Any) -> None:
+        self.sock = socket.create_connection((endpoint.host, endpoint.port), 5)
+        hello = wire.Hello(wire.VERSION, endpoint.token, b"link", 0, 1)
+        wire.put(self.sock, msgspec.structs.replace(hello, **fields))
+        self.welcome = wire.get(self.sock, wire.Welcome)
+
+    def send(self, key: int, number: int, plan: CopyPlan, payload: bytes) -> None:
+        self.sock.sendall(wire.frame_head(wire.PAYLOAD, key, number, plan) + payload)
+
+    def reply(self) -> tuple[int, int, bytes]:
+        """Number, status and what the target said."""
+        number, status, size = wire.REPLY.unpack(wire.exactly(self.sock, wire.REPLY.size))
+        return number, status, bytes(wire.exactly(self.sock, size))
+
+
+def copy(src: int, dst: int, nbytes: int) -> CopyPlan:
+    return CopyPlan.of(np.array([src]), np.array([dst]), np.array([nbytes]))
 
 
 def until(holds: Callable[[], bool], seconds: float, what: str) -> float:
@@ -95,27 +187,20 @@ class Initiator:
 
     def __init__(self, nbytes: int, seed: int) -> None:
         self._memory = random_bytes(nbytes, seed)
-        self._downs: list[str] = []
-        self._link: Link
+        self._link: Watched
 
     def open(self, path: str, endpoint: Endpoint, connections: int) -> None:
-        self._link = open_link(
-            path, endpoint, name="test", connections=connections, on_down=self._downs.append
-        )
+        self._link = Watched(path, endpoint, connections).up()
 
-    def write(self, key: int, src: list[int], dst: list[int], length: list[int]) -> str | None:
-        """Write with sources relative to this memory; how it ended."""
+    def write(self, key: int, src: list[int], dst: list[int], length: list[int]) -> list[str]:
+        """Write in slices, sources relative to this memory: why those failed that did."""
         plan = CopyPlan.of(
             np.array(src, np.uint64) + np.uint64(self._memory.ctypes.data),
             np.array(dst, np.uint64),
             np.array(length, np.uint64),
         )
-        done = Done()
-        self._link.write(key, plan, done)
-        return done.wait()
-
-    def downs(self) -> list[str]:
-        return self._downs
+        results = [done.wait() for done in self._link.spread(key, plan)]
+        return [failure.reason for failure in results if failure is not None]
 
     def close(self) -> None:
         self._link.close()

@@ -1,12 +1,15 @@
-"""What a transport is: the contract that tcp and process_vm (later rdma and cuda_ipc) fulfil.
+"""What a transport is: the contract that tcp, process_vm and rdma (later cuda_ipc) fulfil.
 
 Roles. The *initiator* (prefill) owns the source and decides when bytes move. The *target* (decode) owns the
 memory they land in and may take back its permission at any time. Between two processes there is one `Link`
 from initiator to target, opened at the handshake; it also is the sign of life: when either process dies both
-sides learn it at once.
+sides learn it at once. A link consists of *rails*: one TCP connection, or one pair of NICs.
 
-The rule every transport obeys: **after `Target.revoke(key)` returned, no byte lands under that key**,
-whatever the initiator is doing (running, stopped, partitioned, malicious).
+Two rules that every transport obeys:
+
+- After `Target.revoke(key)` returned (or `Target.fence` called back), no byte lands under that key, whatever
+  the initiator is doing (running, stopped, partitioned, malicious).
+- After `LinkEvents.rail_fenced(name)` no byte lands that was written over that rail before it went down.
 """
 
 from collections.abc import Callable
@@ -43,33 +46,97 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 
 class Landed(msgspec.Struct, frozen=True):
-    """What arrived under a grant until it was revoked.
+    """What arrived under a grant until it was revoked, as far as the target itself wrote it (not by rdma).
 
     Attributes:
         nbytes: bytes written, those of unfinished writes included; bytes that came twice count twice.
-        writes: calls of `Link.write` that landed as a whole.
+        writes: calls of `Rail.write` that landed as a whole.
     """
 
     nbytes: int
     writes: int
 
 
-class Link(Protocol):
-    """Initiator's side. Thread-safe; `write` only enqueues."""
+class Failure(msgspec.Struct, frozen=True):
+    """Why a write did not land.
 
+    Attributes:
+        retry: the rail broke, another may carry it; False: the target refused, and would again.
+    """
+
+    reason: str
+    retry: bool
+
+
+class Mark(msgspec.Struct, frozen=True, array_like=True):
+    """How many of a rail's writes have completed; a one-sided transport's target must see as many.
+
+    Attributes:
+        rail: a number that both ends of the link know it by.
+        count: of writes, since the rail was made.
+    """
+
+    rail: int
+    count: int
+
+
+class Rail(Protocol):
+    """One way from an initiator to a target. Thread-safe; `write` only enqueues.
+
+    Attributes:
+        name: what it is called in its link, also after it was restored.
+        path: the transport.
+        speed: bytes/s that the hardware claims; 0 if it claims nothing.
+        penalty: 1 for the rail next to the memory, more for farther ones (NUMA tier).
+    """
+
+    name: str
     path: str
+    speed: float
+    penalty: float
 
-    def write(self, key: int, plan: CopyPlan, on_done: Callable[[str | None], None]) -> None:
+    def write(self, key: int, plan: CopyPlan, on_done: Callable[[Failure | None], None]) -> None:
         """Move `plan`'s bytes into the target's memory under grant `key`.
 
-        `on_done(None)` is called from a transport thread once every byte has landed in the target's memory,
-        `on_done(reason)` if the target refused or the link broke. Called exactly once for each write. Unless
-        the link broke, nothing of the write is under way any more then: the source's memory may be reused.
-        On a link that is down already it is called before `write` returns.
+        `on_done(None)` is called from a transport thread once every byte has landed (over a one-sided
+        transport: once it is acknowledged, and the target has to see `Link.marks` before it looks). Called
+        exactly once for each write, on a rail that is down before `write` returns.
         """
 
+
+class LinkEvents(Protocol):
+    """What a link tells its owner, from transport threads; must not block."""
+
+    def rail_up(self, rail: Rail) -> None:
+        """A rail can be used: at the start, and each time it was restored."""
+
+    def rail_down(self, name: str, reason: str) -> None:
+        """A rail is gone, or could not be restored. All its writes end as `Failure(retry=True)`."""
+
+    def rail_fenced(self, name: str) -> None:
+        """The target confirmed: nothing more lands over the rail that went down."""
+
+    def link_down(self, reason: str) -> None:
+        """No rail is left that could carry or fence anything: the peer died, hung up or refused. Final."""
+
+
+class Link(Protocol):
+    """All rails to one target. Connects in the background. Thread-safe."""
+
+    def restore(self, rail: str) -> None:
+        """Make a rail that is down anew; answered by `rail_up` or `rail_down`, after its fence."""
+
+    def abandon(self, rail: str, reason: str) -> None:
+        """Break a rail that is stuck; `rail_down` and `rail_fenced` follow."""
+
+    def marks(self) -> tuple[Mark, ...]:
+        """What the target has to see before it may use what has been written until now."""
+
+    def ask(self, topic: str, body: bytes, on_answer: Callable[[bytes | Failure], None]) -> None:
+        """Put a question to the target's handler of that topic, over any stream that is alive."""
+
     def close(self) -> None:
-        """Close all connections; writes not yet landed end with a reason."""
+        """Close everything; writes not yet landed end as failures. `link_down` is not called."""
 
 
 class Target(Protocol):
@@ -82,7 +149,18 @@ class Target(Protocol):
         """Allow `peer` to write into `ranges` under `key` until revoked."""
 
     def revoke(self, key: int) -> Landed:
-        """Fence: when this returns no byte can land under `key` any more. Unknown keys: nothing landed."""
+        """Take a grant back. Unknown keys: nothing landed.
+
+        For what the target itself writes (tcp, process_vm) this is a fence: when it returns no byte can land
+        under `key` any more. Against a one-sided transport use `fence`, unless the initiator has said that
+        none of its writes is under way.
+        """
+
+    def serve(self, topic: str, handler: Callable[[str, bytes], bytes]) -> None:
+        """Answer questions of a topic: ``handler(peer, body)``, on a receiver's thread.
+
+        A handler that raises `TransportError` answers with its message.
+        """
 
     def drop(self, peer: str) -> None:
         """Close the peer's connections and forget its token."""

@@ -1,6 +1,7 @@
 """Permissions to write, and the fence that takes them back."""
 
 import threading
+from collections import OrderedDict
 
 from mooncake_connector.errors import TransportError
 from mooncake_connector.kv_transfer.memory import Ranges, U64Array
@@ -22,7 +23,6 @@ class Grant:
         self._revoked = False
         self._nbytes = 0
         self._writes = 0
-        self._parts: dict[tuple[bytes, int], int] = {}
 
     def covers(self, dst: U64Array, length: U64Array) -> bool:
         """Whether all ranges [n] lie inside the granted ones."""
@@ -44,14 +44,10 @@ class Grant:
             if self._revoked and not self._inside:
                 self._changed.notify_all()
 
-    def part_landed(self, link: bytes, write: int, parts: int) -> None:
-        """Count one of the `parts` frames of a write."""
+    def write_landed(self) -> None:
+        """Count a write that landed as a whole."""
         with self._changed:
-            landed = self._parts.pop((link, write), 0) + 1
-            if landed < parts:
-                self._parts[link, write] = landed
-            else:
-                self._writes += 1
+            self._writes += 1
 
     def revoke(self) -> Landed:
         """Wait for the writes under way; none starts any more."""
@@ -61,11 +57,16 @@ class Grant:
             return Landed(self._nbytes, self._writes)
 
 
+MAX_REVOKED = 16384
+"""Revoked keys that a table remembers."""
+
+
 class GrantTable:
     """The grants of one process by key. Thread-safe."""
 
     def __init__(self) -> None:
         self._grants: dict[int, Grant] = {}
+        self._revoked: OrderedDict[int, str] = OrderedDict()
         self._lock = threading.Lock()
 
     def add(self, key: int, grant: Grant) -> None:
@@ -80,11 +81,15 @@ class GrantTable:
             if key in self._grants:
                 raise TransportError(f"key {key} is granted already: revoke it first, or take another")
             self._grants[key] = grant
+            self._revoked.pop(key, None)
 
-    def find(self, key: int, peer: str) -> Grant | None:
-        """The grant, if this peer has it."""
-        grant = self._grants.get(key)
-        return grant if grant is not None and grant.peer == peer else None
+    def find(self, key: int, peer: str) -> tuple[Grant | None, bool]:
+        """The grant if this peer has it, else whether it had, and may not yet have heard that it is over."""
+        with self._lock:
+            grant = self._grants.get(key)
+            if grant is not None and grant.peer == peer:
+                return grant, True
+            return None, self._revoked.get(key) == peer
 
     def revoke(self, key: int) -> Landed:
         """Take a grant back and wait until no byte can land under it."""
@@ -96,4 +101,7 @@ class GrantTable:
         with self._lock:
             if self._grants.get(key) is grant:
                 del self._grants[key]
+                self._revoked[key] = grant.peer
+                if len(self._revoked) > MAX_REVOKED:
+                    self._revoked.popitem(last=False)
         return landed

@@ -1,279 +1,291 @@
-"""The initiator's end of a link: several connections that share its writes."""
+"""The initiator's end of a link: its connections, and the fences owed for those that broke."""
 
 import contextlib
 import logging
+import os
 import secrets
-import socket
+import select
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from enum import Enum, auto
+from functools import partial
 
-import numpy as np
+import msgspec
 
 from mooncake_connector.errors import TransportError
-from mooncake_connector.kv_transfer.memory import U64Array
-from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.transport import wire
-from mooncake_connector.kv_transfer.transport.base import Endpoint, SourceIdentity
-from mooncake_connector.kv_transfer.transport.syscalls import MSG_DONTWAIT, Scatter, send
-
-FRAME_BYTES = wire.MAX_FRAME_BYTES
-"""Large writes are cut into frames of this size: the grain of fairness."""
-
-STRIPE_BYTES = 1 << 20
-"""Writes below this size use one connection."""
-
-INLINE_BYTES = 32 << 10
-"""Frames up to this size are sent by the thread that writes, if that takes no waiting."""
-
-SEND_BUFFER_BYTES = 4 << 20
+from mooncake_connector.kv_transfer.transport.base import Endpoint, Failure, LinkEvents, Mark, SourceIdentity
+from mooncake_connector.kv_transfer.transport.process_vm import identity
+from mooncake_connector.kv_transfer.transport.stream import PATHS, OnAnswer, Stream, call
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class _Write:
-    number: int
-    on_done: Callable[[str | None], None]
-    parts: int
-    reason: str | None = None
+class _Phase(Enum):
+    CONNECTING = auto()
+    UP = auto()
+    FENCING = auto()  # broken; the target has not yet confirmed that nothing lands over it any more
+    DOWN = auto()
 
 
-class _Frame:
-    """One frame on its way: its head and, on the tcp path, the source's memory behind it."""
+class _Slot:
+    """One of a link's connections through all its incarnations.
 
-    def __init__(self, write: _Write, key: int, parts: int, plan: CopyPlan, with_src: bool) -> None:
-        self.write = write
-        self.nbytes = plan.nbytes
-        self.begun = False
-        self._head = np.frombuffer(wire.frame_head(key, write.number, parts, plan, with_src), np.uint8)
-        address, length = _u64(self._head.ctypes.data), _u64(self._head.size)
-        if not with_src:
-            address, length = np.concatenate((address, plan.src)), np.concatenate((length, plan.length))
-        self.data = Scatter(address, length)
-
-
-class _Lane:
-    """One connection: frames to send, and those sent but not acknowledged.
-
-    One thread at a time sends, the one that set `_busy`: the lane's own or, for a small frame on an idle
-    lane, the one that offers it, which saves waking another.
+    Attributes:
+        open: names of its rails that can be used.
+        owed: names of its rails that went down and were not reported as fenced.
+        asked: the target was asked to fence it.
+        wanted: it is to be made anew once fenced.
     """
 
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.sent: deque[_Frame] = deque()
-        self.sock: socket.socket | None = None
-        self.load = 0
-        self._todo: deque[_Frame] = deque()
-        self._changed = threading.Condition()
-        self._busy = True
-        self._closed = False
-
-    def offer(self, frame: _Frame) -> None:
-        """Send a frame now if that takes no waiting, else leave it to the lane's thread."""
-        with self._changed:
-            if self._busy or self._closed or self._todo or frame.data.left > INLINE_BYTES:
-                self._todo.append(frame)
-                self._changed.notify()
-                return
-            self._busy = True
-        with contextlib.suppress(OSError):  # the lane's thread will meet it again, and knows what to do
-            self._push(frame, MSG_DONTWAIT)
-        with self._changed:
-            self._busy = False
-            if frame.data.left:
-                self._todo.appendleft(frame)
-            if self._todo or self._closed:
-                self._changed.notify()
-
-    def run(self) -> None:
-        """The lane's thread: send what was offered until closed.
-
-        Raises:
-            OSError: The connection broke.
-        """
-        while True:
-            with self._changed:
-                self._busy = False
-                self._changed.wait_for(lambda: not self._busy and (self._todo or self._closed))
-                if self._closed:
-                    return
-                frame = self._todo.popleft()
-                self._busy = True
-            while frame.data.left:
-                self._push(frame, 0)
-
-    def close(self) -> None:
-        """Wake and end all that waits on this lane."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        if self.sock is not None:
-            wire.hang_up(self.sock)
-
-    def _push(self, frame: _Frame, flags: int) -> None:
-        assert self.sock is not None
-        if not frame.begun:
-            frame.begun = True
-            self.sent.append(frame)
-        frame.data.advance(send(self.sock.fileno(), frame.data, flags))
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.phase = _Phase.CONNECTING
+        self.open: set[str] = set()
+        self.owed: set[str] = set()
+        self.asked = False
+        self.wanted = False
 
 
 class StreamLink:
-    """A `Link` over `connections` TCP connections; see `open_link`."""
+    """A `Link` over TCP connections, each with a ``tcp`` rail, and a ``process_vm`` one if that is possible.
+
+    All state is the link's own thread's, which also reads what the target replies and tells the events.
+
+    Args:
+        endpoint: from the target's `admit`.
+        name: names the link in threads and logs.
+        connections: TCP connections, each served by a thread at the target.
+        paths: of `PATHS`, those wanted; without any the connections serve for questions only.
+        source: whose memory process_vm reads; this process's if None.
+
+    Raises:
+        TransportError: `connections` is out of range, or a path is not of a stream.
+    """
 
     def __init__(
         self,
-        path: str,
         endpoint: Endpoint,
         *,
         name: str,
         connections: int,
-        on_down: Callable[[str], None],
-        source: SourceIdentity | None,
+        paths: tuple[str, ...],
+        source: SourceIdentity | None = None,
+        events: LinkEvents,
+        checksum: bool = False,
     ) -> None:
         if not 1 <= connections <= wire.MAX_CONNECTIONS:
             raise TransportError(f"connections={connections}: take 1 to {wire.MAX_CONNECTIONS}")
-        self.path = path
-        self._endpoint = endpoint
-        self._name = name
-        self._on_down = on_down
-        self._source = source
-        self._id = secrets.token_bytes(16)
-        self._lock = threading.Lock()
-        self._down: str | None = None
-        self._writes: dict[int, _Write] = {}
-        self._number = 0
-        self._lanes = [_Lane(index) for index in range(connections)]
-        for lane in self._lanes:
-            self._start(self._send, lane, "send")
+        if not set(paths) <= set(PATHS):
+            raise TransportError(f"paths={paths}: a stream carries {', '.join(PATHS)}")
+        self._endpoint, self._name, self._events = endpoint, name, events
+        self._paths = paths
+        self._hello = wire.Hello(
+            version=wire.VERSION,
+            token=endpoint.token,
+            link=secrets.token_bytes(16),
+            index=0,
+            connections=connections,
+            source=(source or identity()) if "process_vm" in paths else None,
+        )
+        self._calls: deque[Callable[[], None]] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll = select.epoll()
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self._readable: dict[int, Stream] = {}
+        self._ended = False
+        self._slots = [_Slot(self._made(index, 0)) for index in range(connections)]
+        for slot in self._slots:
+            slot.stream.start()
+        threading.Thread(target=self._run, name=f"mooncake-link-{name}", daemon=True).start()
 
-    def write(self, key: int, plan: CopyPlan, on_done: Callable[[str | None], None]) -> None:
-        """Enqueue a write, see `Link.write`. On a link that is down `on_done` runs before this returns."""
-        share = -(-plan.nbytes // len(self._lanes))
-        size = min(FRAME_BYTES, max(STRIPE_BYTES, share))
-        pieces = list(plan.split(size, wire.MAX_FRAME_RANGES))
-        with self._lock:
-            down = self._down
-            self._number += 1
-            write = _Write(self._number, on_done, len(pieces))
-            if down is None:
-                self._writes[write.number] = write
-        if down is not None:
-            _call(on_done, down)
-            return
-        for piece in pieces:
-            frame = _Frame(write, key, len(pieces), piece, self._source is not None)
-            with self._lock:
-                lane = min(self._lanes, key=lambda lane: lane.load)
-                lane.load += frame.nbytes
-            lane.offer(frame)
+    # ------------------------------------------------------------------ any thread
+
+    def restore(self, rail: str) -> None:
+        """See `Link.restore`."""
+        self._post(partial(self._restore, self._slot_of(rail), rail))
+
+    def abandon(self, rail: str, reason: str) -> None:
+        """See `Link.abandon`. All rails of one connection stand and fall together."""
+        slot = self._slot_of(rail)
+        self._post(lambda: slot.stream.breaks(reason))
+
+    def marks(self) -> tuple[Mark, ...]:
+        """None: what a stream wrote the target itself wrote."""
+        return ()
+
+    def ask(self, topic: str, body: bytes, on_answer: OnAnswer) -> None:
+        """See `Link.ask`; the answer comes on the link's thread.
+
+        Raises:
+            TransportError: Topic or body are too long.
+        """
+        for slot in self._slots:
+            if slot.phase is _Phase.UP:
+                slot.stream.ask(topic, body, on_answer)
+                return
+        call(on_answer, Failure("no connection of the link is up", True))
 
     def close(self) -> None:
-        """Close all connections; writes not yet landed end with a reason. `on_down` is not called."""
-        self._fall("the link was closed here", tell=False)
+        """See `Link.close`; the writes end on the link's thread."""
+        self._post(partial(self._end, "the link was closed here"))
 
-    def _start(self, run: Callable[[_Lane], None], lane: _Lane, what: str) -> threading.Thread:
-        thread = threading.Thread(
-            target=run, args=(lane,), name=f"mooncake-{what}-{self._name}-{lane.index}", daemon=True
-        )
-        thread.start()
-        return thread
+    def stream_up(self, stream: Stream) -> None:
+        """For `Stream`."""
+        self._post(partial(self._up, stream))
 
-    def _send(self, lane: _Lane) -> None:
-        """A lane's sender: connects, then sends frames until the link is down."""
-        reader = None
-        try:
-            self._connect(lane)
-            reader = self._start(self._read_acks, lane, "acks")
-            lane.run()
-        except (OSError, EOFError, TransportError) as broken:
-            self._fall(str(broken))
-        finally:
-            self._fall("a sender thread failed")
-            if lane.sock is not None:
-                wire.hang_up(lane.sock)
-                if reader is not None:
-                    reader.join()
-                lane.sock.close()
+    def stream_down(self, stream: Stream, reason: str) -> None:
+        """For `Stream`."""
+        self._post(partial(self._down, stream, reason))
 
-    def _connect(self, lane: _Lane) -> None:
-        where = self._endpoint
-        try:
-            sock = socket.create_connection((where.host, where.port), wire.HANDSHAKE_S)
-        except OSError as refused:
-            raise TransportError(f"can't connect to {where.host}:{where.port}: {refused}") from refused
-        with self._lock:
-            lane.sock = sock
-            if self._down is not None:
-                raise TransportError(self._down)
-        wire.tune(sock)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        wire.put(
-            sock,
-            wire.Hello(
-                version=wire.VERSION,
-                token=where.token,
-                path=self.path,
-                link=self._id,
-                index=lane.index,
-                connections=len(self._lanes),
-                source=self._source,
-            ),
-        )
-        reason = wire.get(sock, wire.Welcome).reason
-        if reason is not None:
-            raise TransportError(reason)
-        sock.settimeout(None)
+    def unreadable(self, stream: Stream, reason: str) -> None:
+        """For `Stream`."""
+        self._post(partial(self._lame, stream, reason))
 
-    def _read_acks(self, lane: _Lane) -> None:
-        assert lane.sock is not None
-        try:
-            while True:
-                number, reason = wire.get_ack(lane.sock)
-                if not lane.sent or lane.sent[0].write.number != number:
-                    raise TransportError(f"acknowledgement of write {number}, which is not the next one")
-                self._landed(lane, lane.sent.popleft(), reason)
-        except (OSError, EOFError, TransportError) as broken:
-            self._fall(str(broken))
-        finally:
-            self._fall("a thread that reads acknowledgements failed")
+    def _post(self, what: Callable[[], None]) -> None:
+        self._calls.append(what)
+        with contextlib.suppress(OSError):  # the link has ended
+            os.eventfd_write(self._wake, 1)
 
-    def _landed(self, lane: _Lane, frame: _Frame, reason: str | None) -> None:
-        write = frame.write
-        with self._lock:
-            lane.load -= frame.nbytes
-            write.parts -= 1
-            write.reason = write.reason or reason
-            done = not write.parts and self._writes.pop(write.number, None) is not None
-        if done:
-            _call(write.on_done, write.reason)
+    def _slot_of(self, rail: str) -> _Slot:
+        path, _, index = rail.rpartition("-")
+        if path not in self._paths or not index.isdecimal() or int(index) >= len(self._slots):
+            raise TransportError(f"rail {rail!r} is unknown")
+        return self._slots[int(index)]
 
-    def _fall(self, reason: str, tell: bool = True) -> None:
-        """Take the whole link down, once."""
-        with self._lock:
-            if self._down is not None:
-                return
-            self._down = reason
-            unfinished = list(self._writes.values())
-            self._writes.clear()
-            for lane in self._lanes:
-                lane.close()
-        for write in unfinished:
-            _call(write.on_done, reason)
+    # ------------------------------------------------------------------ the link's thread
+
+    def _run(self) -> None:
+        while not self._ended:
+            for fd, _ in self._epoll.poll():
+                if fd == self._wake:
+                    os.eventfd_read(fd)
+                elif (stream := self._readable.get(fd)) is not None:
+                    stream.read()
+            while self._calls and not self._ended:
+                self._calls.popleft()()
+        self._epoll.close()
+        os.close(self._wake)
+
+    def _made(self, index: int, incarnation: int) -> Stream:
+        hello = msgspec.structs.replace(self._hello, index=index, incarnation=incarnation)
+        return Stream(self, hello, self._endpoint, self._paths, f"{self._name}-{index}")
+
+    def _up(self, stream: Stream) -> None:
+        slot = self._slots[stream.index]
+        if slot.stream is not stream or slot.phase is not _Phase.CONNECTING:
+            return
+        slot.phase = _Phase.UP
+        self._readable[stream.watch(self._epoll)] = stream
+        for rail in stream.rails.values():
+            if rail.down is None:
+                slot.open.add(rail.name)
+                call(self._events.rail_up, rail)
+            else:
+                call(self._events.rail_down, rail.name, rail.down)
+                call(self._events.rail_fenced, rail.name)
+        self._settle("")
+
+    def _down(self, stream: Stream, reason: str) -> None:
+        slot = self._slots[stream.index]
+        log.info("link %s: connection %d is down: %s", self._name, stream.index, reason)
+        for fd in [fd for fd, other in self._readable.items() if other is stream]:
+            del self._readable[fd]
+            with contextlib.suppress(OSError):  # closed already
+                self._epoll.unregister(fd)
+        names = {rail.name for rail in stream.rails.values()}
+        down = names if slot.phase is _Phase.CONNECTING else slot.open
+        slot.owed |= down
+        slot.phase, slot.open = _Phase.FENCING, set()
+        for name in sorted(down):
+            call(self._events.rail_down, name, reason)
+        self._settle(reason)
+
+    def _lame(self, stream: Stream, reason: str) -> None:
+        """The target can't read this process's memory any more: one rail is down, its connection is not."""
+        slot = self._slots[stream.index]
+        name = stream.rails["process_vm"].name
+        if slot.stream is not stream or name not in slot.open:
+            return
+        slot.open.discard(name)
+        slot.owed.add(name)
+        call(self._events.rail_down, name, reason)
+
+        def answered(answer: bytes | Failure) -> None:
+            if not isinstance(answer, Failure) and name in slot.owed:
+                slot.owed.discard(name)
+                call(self._events.rail_fenced, name)
+
+        # Frames are answered in order: after this one nothing of that rail is under way.
+        stream.ask(wire.ECHO, b"", answered)
+
+    def _settle(self, reason: str) -> None:
+        """Ask for the fences that are owed, over whichever connection lives."""
+        alive = [slot for slot in self._slots if slot.phase is _Phase.UP]
+        if not alive:
+            if not any(slot.phase is _Phase.CONNECTING for slot in self._slots):
+                self._end(reason, tell=True)
+            return
+        for slot in self._slots:
+            if slot.phase is _Phase.FENCING and not slot.asked:
+                slot.asked = True
+                body = wire.FENCED.pack(slot.stream.index, slot.stream.incarnation)
+                alive[0].stream.ask(wire.FENCE, body, partial(self._fence_answered, slot))
+
+    def _fence_answered(self, slot: _Slot, answer: bytes | Failure) -> None:
+        self._post(partial(self._fenced, slot, answer))  # a broken stream answers on any thread
+
+    def _fenced(self, slot: _Slot, answer: bytes | Failure) -> None:
+        slot.asked = False
+        if isinstance(answer, Failure):
+            if answer.retry:
+                self._settle(answer.reason)
+            else:
+                self._end(answer.reason, tell=True)
+            return
+        slot.phase = _Phase.DOWN
+        owed, slot.owed = slot.owed, set()
+        for name in sorted(owed):
+            call(self._events.rail_fenced, name)
+        if slot.wanted:
+            self._reconnect(slot)
+
+    def _restore(self, slot: _Slot, name: str) -> None:
+        if slot.phase is _Phase.DOWN:
+            self._reconnect(slot)
+        elif slot.phase is _Phase.FENCING:
+            slot.wanted = True
+        elif slot.phase is _Phase.UP and name not in slot.open:
+            stream = slot.stream
+            stream.ask(
+                wire.PROBE, b"", lambda answer: self._post(partial(self._probed, slot, stream, name, answer))
+            )
+
+    def _reconnect(self, slot: _Slot) -> None:
+        slot.wanted = False
+        slot.phase = _Phase.CONNECTING
+        slot.stream = self._made(slot.stream.index, slot.stream.incarnation + 1)
+        slot.stream.start()
+
+    def _probed(self, slot: _Slot, stream: Stream, name: str, answer: bytes | Failure) -> None:
+        if slot.stream is not stream or slot.phase is not _Phase.UP or name in slot.open:
+            return
+        rail = next(rail for rail in stream.rails.values() if rail.name == name)
+        if isinstance(answer, Failure):
+            call(self._events.rail_down, name, answer.reason)
+            call(self._events.rail_fenced, name)
+            return
+        stream.revive(rail)
+        slot.open.add(name)
+        call(self._events.rail_up, rail)
+
+    def _end(self, reason: str, tell: bool = False) -> None:
+        """Take the whole link down."""
+        self._ended = True
+        for slot in self._slots:
+            slot.phase = _Phase.DOWN
+            slot.stream.breaks(reason)
         if tell:
             log.info("link %s is down: %s", self._name, reason)
-            _call(self._on_down, reason)
-
-
-def _u64(value: int) -> U64Array:
-    return np.array([value], np.uint64)
-
-
-def _call(listener: Callable[..., None], *args: object) -> None:
-    try:
-        listener(*args)
-    except Exception:
-        log.exception("a listener failed; the link goes on")
+            call(self._events.link_down, reason)

@@ -18,11 +18,12 @@ from mooncake_connector.kv_transfer.memory import U64Array
 from mooncake_connector.kv_transfer.transport.base import SourceIdentity
 from mooncake_connector.kv_transfer.transport.grants import Grant
 from mooncake_connector.kv_transfer.transport.syscalls import Scatter, read_process, set_ptracer
-from mooncake_connector.kv_transfer.transport.wire import FrameHead
+from mooncake_connector.kv_transfer.transport.wire import LANDED, REFUSED, UNREADABLE, Frame
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = Path("/proc/self/ns/pid")
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+_ELSEWHERE = "process_vm: the peer runs on another host or in another pid namespace (mend: share it)"
 _probe = np.frombuffer(bytearray(secrets.token_bytes(16)), np.uint8)
 
 
@@ -34,20 +35,10 @@ def identity() -> SourceIdentity:
 def readable(source: SourceIdentity) -> str | None:
     """None if this process can read the memory of `source`, else why not, with the mend."""
     if source.host_id != _host_id():
-        return "process_vm: the peer runs on another host or in another pid namespace (mend: share it)"
-    value = np.zeros(len(source.probe_value), np.uint8)
-    size = _u64(value.size)
-    if not value.size:
+        return _ELSEWHERE
+    if not source.probe_value:
         return "process_vm: the peer sent no probe: use one version of mooncake_connector on both"
-    try:
-        read_process(
-            source.pid, Scatter(_u64(value.ctypes.data), size), Scatter(_u64(source.probe_address), size)
-        )
-    except OSError as refused:
-        return f"process_vm: reading process {source.pid}: {_mend(refused)}"
-    if value.tobytes() != source.probe_value:
-        return f"process_vm: process {source.pid} is not the peer: connect to it again"
-    return None
+    return _compare(source.pid, source.probe_address, source.probe_value)
 
 
 def allow_reader(pid: int) -> None:
@@ -60,46 +51,64 @@ def allow_reader(pid: int) -> None:
 
 
 class Source:
-    """An initiator's memory, and the certainty that its process id still means that process.
+    """An initiator's memory, and the certainty that its process id means the process at the other end.
+
+    It isn't enough that the memory can be read: a peer could name another process, and have this one copy
+    from there. So the peer has to store a challenge where it can be read.
+
+    Args:
+        source: as the peer claims.
+        challenge_address: where in its memory the peer stores the challenge.
+
+    Attributes:
+        challenge: 32 random bytes, to be stored.
 
     Raises:
-        TransportError: It can't be read; the message has the reason and the mend.
+        TransportError: There is no such process here; the message has the mend.
     """
 
-    def __init__(self, source: SourceIdentity) -> None:
+    def __init__(self, source: SourceIdentity, challenge_address: int) -> None:
+        if source.host_id != _host_id():
+            raise TransportError(_ELSEWHERE)
+        self.challenge = secrets.token_bytes(32)
+        self._address = challenge_address
+        self._pid = source.pid
+        self._proven = False
         try:
             # Opened before the trial read: from then on the id can't pass to another process unnoticed.
             self._pidfd = os.pidfd_open(source.pid)
         except OSError as gone:
             raise TransportError(f"process_vm: process {source.pid}: {gone.strerror}") from gone
-        reason = readable(source)
-        if reason is not None:
-            os.close(self._pidfd)
-            raise TransportError(reason)
-        self._pid = source.pid
 
-    def land(self, frame: FrameHead, grant: Grant) -> str | None:
-        """Copy a frame's bytes into place: None, or why they did not all land.
+    def prove(self) -> str | None:
+        """None if the challenge is in place, else why the memory can't be read."""
+        reason = _compare(self._pid, self._address, self.challenge)
+        self._proven = reason is None
+        return reason
+
+    def land(self, frame: Frame, grant: Grant) -> tuple[int, str]:
+        """Copy a frame's bytes into place: a reply's status, and why they did not all land.
 
         Raises:
             EOFError: The initiator's process has ended.
         """
-        assert frame.src is not None
+        if not self._proven:
+            return UNREADABLE, "process_vm: the peer has not proven which process it is"
         place, origin = Scatter(frame.dst, frame.length), Scatter(frame.src, frame.length)
         while place.left:
             if not grant.enter():
-                return f"key {frame.key} was revoked"
+                return REFUSED, f"key {frame.key} was revoked"
             got = 0
             try:
                 got = read_process(self._pid, place, origin)
             except OSError as refused:
                 if refused.errno == errno.ESRCH:
                     raise EOFError(f"process {self._pid} has ended") from refused
-                return f"process_vm: reading process {self._pid}: {_mend(refused)}"
+                return UNREADABLE, f"process_vm: reading process {self._pid}: {_mend(refused)}"
             finally:
                 grant.leave(got)
             if not got:
-                return f"process_vm: reading process {self._pid} gave nothing"
+                return UNREADABLE, f"process_vm: reading process {self._pid} gave nothing"
             place.advance(got)
             origin.advance(got)
         # Only now is it certain that the process read was the initiator all along.
@@ -109,7 +118,7 @@ class Source:
             raise EOFError(f"process {self._pid} has ended") from ended
         except PermissionError:
             pass  # it lives, under another user
-        return None
+        return LANDED, ""
 
     def close(self) -> None:
         """Forget the process."""
@@ -119,6 +128,19 @@ class Source:
 @cache
 def _host_id() -> str:
     return f"{_BOOT_ID.read_text().strip()}/{_PID_NAMESPACE.stat().st_ino}"
+
+
+def _compare(pid: int, address: int, value: bytes) -> str | None:
+    """None if process `pid` has `value` at `address`, else why that can't be said."""
+    found = np.zeros(len(value), np.uint8)
+    size = _u64(found.size)
+    try:
+        read_process(pid, Scatter(_u64(found.ctypes.data), size), Scatter(_u64(address), size))
+    except OSError as refused:
+        return f"process_vm: reading process {pid}: {_mend(refused)}"
+    if found.tobytes() != value:
+        return f"process_vm: process {pid} is not the peer: connect to it again"
+    return None
 
 
 def _u64(value: int) -> U64Array:

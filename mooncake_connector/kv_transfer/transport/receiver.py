@@ -7,14 +7,16 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from mooncake_connector.errors import ConfigError, TransportError
 from mooncake_connector.kv_transfer.memory import Ranges
 from mooncake_connector.kv_transfer.transport import wire
 from mooncake_connector.kv_transfer.transport.base import Endpoint, Landed
 from mooncake_connector.kv_transfer.transport.grants import Grant, GrantTable
+from mooncake_connector.kv_transfer.transport.inlet import Inlet
 from mooncake_connector.kv_transfer.transport.process_vm import Source
-from mooncake_connector.kv_transfer.transport.tcp import Inbox
+from mooncake_connector.kv_transfer.transport.stream import call
 
 RECEIVE_BUFFER_BYTES = 4 << 20
 
@@ -25,14 +27,23 @@ log = logging.getLogger(__name__)
 
 
 class _Inlink:
-    """What one admission became: a peer's link."""
+    """What one admission became: a peer's link.
+
+    Attributes:
+        hello: the first that came.
+        inlets: its connections that are alive, by index.
+        fenced: the incarnation of each index up to which nothing may land any more.
+        settled: indices that came up or were fenced.
+    """
 
     def __init__(self, peer: str, token: bytes) -> None:
         self.peer = peer
         self.token = token
         self.hello: wire.Hello | None = None
-        self.socks: dict[int, socket.socket] = {}
-        self.ready = 0
+        self.inlets: dict[int, Inlet] = {}
+        self.fenced: dict[int, int] = {}
+        self.settled: set[int] = set()
+        self.up = False
         self.gone = False
         # Held while listeners are told, so that they never hear "down" before "up".
         self.telling = threading.RLock()
@@ -45,10 +56,10 @@ class Receiver:
         host: address to listen on; IPv4 or IPv6.
         port: 0 for any free one.
         advertise: the host that peers connect to, if it isn't `host`.
-        on_link_up: called with the peer once all connections of its link are in.
-        on_link_down: called with the peer and a reason, once per link, when any of its connections ended: the
-            peer died or hung up, or `admit` made way for a new link. Not called for what `drop` and `close`
-            end.
+        on_link_up: called with the peer once all connections of its link are in (or were given up by it).
+        on_link_down: called with the peer and a reason, once per link, when the last of its connections
+            ended: the peer died or hung up, or `admit` made way for a new link; nothing lands over it any
+            more. Not called for what `drop` and `close` end.
 
     Listeners run on transport threads; `on_link_down` also inside `admit`.
 
@@ -74,6 +85,7 @@ class Receiver:
         self._grants = GrantTable()
         self._lock = threading.Lock()
         self._links: dict[str, _Inlink] = {}
+        self._handlers: dict[str, Callable[[str, bytes], bytes]] = {}
         self._strangers: set[socket.socket] = set()
         self._closed = False
         try:
@@ -109,6 +121,19 @@ class Receiver:
     def revoke(self, key: int) -> Landed:
         """Fence: when this returns, in milliseconds, no byte can land under `key` any more."""
         return self._grants.revoke(key)
+
+    def serve(self, topic: str, handler: Callable[[str, bytes], bytes]) -> None:
+        """Answer questions of a topic by ``handler(peer, body)``, on the thread of a connection.
+
+        That connection lands nothing while the handler runs. `TransportError` is answered with its message.
+
+        Raises:
+            TransportError: The topic is taken.
+        """
+        with self._lock:
+            if topic in self._handlers or topic in wire.OWN_TOPICS:
+                raise TransportError(f"topic {topic!r} has a handler already")
+            self._handlers[topic] = handler
 
     def drop(self, peer: str) -> None:
         """Close the peer's connections and forget its token. Its grants stay until revoked."""
@@ -153,44 +178,35 @@ class Receiver:
         """One connection, from its hello to its end."""
         with sock, contextlib.ExitStack() as stack:
             stack.callback(self._strangers.discard, sock)
-            link = None
+            reason = "a receiver thread failed"
             try:
                 wire.tune(sock)
                 sock.settimeout(wire.HANDSHAKE_S)
                 hello = wire.get(sock, wire.Hello)
-                link = self._join(sock, hello)
-                threading.current_thread().name = f"mooncake-receive-{link.peer}-{hello.index}"
-                source = Source(hello.source) if hello.source is not None else None
-                if source is not None:
-                    stack.callback(source.close)
-                wire.put(sock, wire.Welcome())
-                sock.settimeout(None)
+                link, inlet = self._join(sock, hello)
             except (OSError, EOFError, TransportError) as failed:
                 log.warning("a connection was refused: %s", failed)
                 with contextlib.suppress(OSError):
                     wire.put(sock, wire.Welcome(str(failed)))
-                if link is not None:
-                    self._end(link, str(failed))
                 return
-            reason = "a receiver thread failed"
+            threading.current_thread().name = f"mooncake-receive-{link.peer}-{hello.index}"
             try:
-                self._tell_up(link)
-                self._receive(sock, link, hello.link, source)
+                wire.put(sock, self._verify(sock, hello, inlet, stack))
+                sock.settimeout(None)
+                self._settle(link, hello.index)
+                inlet.serve()
             except (OSError, EOFError, TransportError) as ended:
                 reason = str(ended)
             finally:
-                self._end(link, reason)
+                self._left(link, inlet, reason)
 
-    def _join(self, sock: socket.socket, hello: wire.Hello) -> _Inlink:
+    def _join(self, sock: socket.socket, hello: wire.Hello) -> tuple[_Inlink, Inlet]:
         """Admit a connection to the link that its token stands for."""
         if hello.version != wire.VERSION:
             raise TransportError(
                 f"transport version {hello.version} meets {wire.VERSION}: use one version of both"
             )
-        if hello.path not in ("tcp", "process_vm") or (hello.path == "process_vm") != (
-            hello.source is not None
-        ):
-            raise TransportError(f"path {hello.path!r} is unknown here, or its source identity is amiss")
+        index = hello.index
         with self._lock:
             # Every token is compared, in constant time each: how long it takes tells nothing about any.
             known = [link for link in self._links.values() if hmac.compare_digest(link.token, hello.token)]
@@ -200,41 +216,91 @@ class Receiver:
                 )
             link = known[0]
             first = link.hello or hello
-            same = (hello.link, hello.path, hello.connections) == (first.link, first.path, first.connections)
-            fits = (
-                0 <= hello.index < hello.connections <= wire.MAX_CONNECTIONS and hello.index not in link.socks
-            )
+            same = (hello.link, hello.connections) == (first.link, first.connections)
+            earlier = link.inlets.get(index)
+            latest = max(link.fenced.get(index, -1), earlier.incarnation if earlier is not None else -1)
+            fits = 0 <= index < hello.connections <= wire.MAX_CONNECTIONS and hello.incarnation > latest
             if link.gone or not same or not fits:
                 raise TransportError("the token is good for one link only: ask for a new endpoint")
             link.hello = first
-            link.socks[hello.index] = sock
+            inlet = link.inlets[index] = Inlet(
+                sock, hello, link.peer, self._grants, partial(self._answer, link)
+            )
             self._strangers.discard(sock)
-            return link
+        if earlier is not None:
+            earlier.fence()
+        return link, inlet
 
-    def _receive(self, sock: socket.socket, link: _Inlink, number: bytes, source: Source | None) -> None:
-        inbox = Inbox(sock)
-        while True:
-            frame = wire.get_frame(sock, source is not None)
-            grant = self._grants.find(frame.key, link.peer)
-            if grant is not None and grant.covers(frame.dst, frame.length):
-                reason = (source or inbox).land(frame, grant)
-                if reason is None:
-                    grant.part_landed(number, frame.write, frame.parts)
-            else:
-                reason = (
-                    f"no grant {frame.key}: it was revoked, or isn't this peer's"
-                    if grant is None
-                    else f"the write goes outside what grant {frame.key} covers"
-                )
-                if source is None:
-                    inbox.drain(frame.nbytes)
-            wire.put_ack(sock, frame.write, reason)
+    def _verify(
+        self, sock: socket.socket, hello: wire.Hello, inlet: Inlet, stack: contextlib.ExitStack
+    ) -> wire.Welcome:
+        """Find out whether the initiator's memory can be read, and is the initiator's."""
+        if hello.source is None:
+            return wire.Welcome()
+        try:
+            source = Source(hello.source, hello.challenge_address)
+        except TransportError as elsewhere:
+            return wire.Welcome(unreadable=str(elsewhere))
+        stack.callback(source.close)
+        inlet.source = source
+        wire.put(sock, wire.Welcome(challenge=source.challenge))
+        wire.get(sock, wire.Ready)
+        return wire.Welcome(unreadable=source.prove())
 
-    def _tell_up(self, link: _Inlink) -> None:
+    def _answer(self, link: _Inlink, inlet: Inlet, topic: str, body: bytes) -> bytes:
+        if topic == wire.ECHO:
+            return body
+        if topic == wire.FENCE:
+            self._fence(link, inlet, body)
+            return b""
+        if topic == wire.PROBE:
+            reason = inlet.source.prove() if inlet.source is not None else "process_vm: no process was named"
+            if reason is not None:
+                raise TransportError(reason)
+            return b""
+        handler = self._handlers.get(topic)
+        if handler is None:
+            raise TransportError(f"nobody answers questions on {topic!r} here")
+        try:
+            return handler(link.peer, body)
+        except TransportError:
+            raise
+        except Exception as failed:
+            log.exception("the handler of %r failed; the receiver goes on", topic)
+            raise TransportError(f"the handler of {topic!r} failed") from failed
+
+    def _fence(self, link: _Inlink, asker: Inlet, body: bytes) -> None:
+        """Make sure that nothing lands any more over one connection of a link."""
+        if len(body) != wire.FENCED.size:
+            raise TransportError("malformed question: a fence names a connection")
+        index, incarnation = wire.FENCED.unpack(body)
+        if link.hello is None or index >= link.hello.connections or index == asker.index:
+            raise TransportError(f"connection {index} can't be fenced over this one")
+        with self._lock:
+            link.fenced[index] = max(incarnation, link.fenced.get(index, -1))
+            inlet = link.inlets.get(index)
+        if inlet is not None and inlet.incarnation <= incarnation:
+            inlet.fence()
+        self._settle(link, index)
+
+    def _settle(self, link: _Inlink, index: int) -> None:
+        """A connection is in, or was given up: the link may be complete."""
         with link.telling:
-            link.ready += 1
-            if not link.gone and link.hello is not None and link.ready == link.hello.connections:
-                _call(self._on_link_up, link.peer)
+            link.settled.add(index)
+            if link.gone or link.up or link.hello is None or len(link.settled) < link.hello.connections:
+                return
+            link.up = True
+            call(self._on_link_up, link.peer)
+
+    def _left(self, link: _Inlink, inlet: Inlet, reason: str) -> None:
+        """A connection has ended; with the last one its link does."""
+        with self._lock:
+            if link.inlets.get(inlet.index) is inlet:
+                del link.inlets[inlet.index]
+            last = not link.inlets
+        log.info("connection %d of %s ended: %s", inlet.index, link.peer, reason)
+        if last:
+            self._end(link, reason)
 
     def _end(self, link: _Inlink, reason: str, tell: bool = True) -> None:
         """Take a whole link down, once."""
@@ -244,13 +310,13 @@ class Receiver:
             link.gone = True
             if self._links.get(link.peer) is link:
                 del self._links[link.peer]
-            socks = list(link.socks.values())
-        for sock in socks:
-            wire.hang_up(sock)
-        if tell and socks:
+            inlets = list(link.inlets.values())
+        for inlet in inlets:
+            inlet.fence()
+        if tell and link.hello is not None:
             log.info("link of %s is down: %s", link.peer, reason)
             with link.telling:
-                _call(self._on_link_down, link.peer, reason)
+                call(self._on_link_down, link.peer, reason)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -268,10 +334,3 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
-
-
-def _call(listener: Callable[..., None], *args: object) -> None:
-    try:
-        listener(*args)
-    except Exception:
-        log.exception("a listener failed; the receiver goes on")

@@ -5,7 +5,7 @@ import socket
 
 from mooncake_connector.kv_transfer.transport.grants import Grant
 from mooncake_connector.kv_transfer.transport.syscalls import MSG_DONTWAIT, Scatter, receive
-from mooncake_connector.kv_transfer.transport.wire import FrameHead
+from mooncake_connector.kv_transfer.transport.wire import LANDED, REFUSED, Frame
 
 _SCRATCH_BYTES = 256 << 10
 
@@ -18,9 +18,14 @@ class Inbox:
         self._scratch: memoryview | None = None
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
+        self._closed = False
 
-    def land(self, frame: FrameHead, grant: Grant) -> str | None:
-        """Receive a frame's bytes into place: None, or why they were thrown away.
+    def close(self) -> None:
+        """Land nothing any more, even if it has arrived; from any thread."""
+        self._closed = True
+
+    def land(self, frame: Frame, grant: Grant) -> tuple[int, str]:
+        """Receive a frame's bytes into place: a reply's status, and why they were thrown away.
 
         Raises:
             EOFError: The peer closed the connection.
@@ -29,9 +34,11 @@ class Inbox:
         place = Scatter(frame.dst, frame.length)
         while place.left:
             self._readable.poll()
+            if self._closed:
+                raise EOFError("the connection was closed here")
             if not grant.enter():
                 self.drain(place.left)
-                return f"key {frame.key} was revoked"
+                return REFUSED, f"key {frame.key} was revoked"
             got = 0
             try:
                 got = receive(self._sock.fileno(), place, MSG_DONTWAIT)
@@ -42,7 +49,7 @@ class Inbox:
             if not got:
                 raise EOFError("the peer closed the connection")
             place.advance(got)
-        return None
+        return LANDED, ""
 
     def drain(self, nbytes: int) -> None:
         """Throw `nbytes` away.

@@ -1,13 +1,20 @@
 """What travels on a link's connections.
 
-Once: `Hello` from the initiator, `Welcome` back, each msgpack behind a magic and a length.
-Then frames from the initiator, each acknowledged in order on the same connection:
+Once: `Hello` from the initiator, `Welcome` back, each msgpack behind a magic and a length. If the welcome has
+a challenge the initiator stores that in its memory, says `Ready`, and a second `Welcome` tells whether the
+target could read it there. Then frames from the initiator, each answered in order on the same connection:
 
-    frame  magic 4s | ranges u32 | key u64 | write u64 | parts u32 | bytes u32
-           dst u64 [ranges] | length u64 [ranges] | tcp: the bytes; process_vm: src u64 [ranges]
-    ack    write u64 | length of reason u32 | reason (UTF-8, empty if every byte landed)
+    frame  magic 4s | kind u8 | flags u8 | 0 u16 | ranges u32 | bytes u32
+           | key u64 | number u64 | checksum u64
+           | dst u64 | length u64 | src u64        of the first range
+           | dst u64 [ranges - 1] | length u64 [ranges - 1] | src u64 [ranges - 1]        of the others
+           | payload of so many bytes, if the kind is PAYLOAD
+    reply  number u64 | status u32 | size u32 | text (UTF-8) or answer of that size
 
-A write of `parts` frames may be spread over the connections. Integers are little endian.
+`src` is meant for REFERENCE only, where the target reads the payload from the initiator's memory. In a
+QUESTION `ranges` is the length of the topic and `bytes` that of the body, which both follow the 64 bytes of
+the head. A write larger than a frame is several frames, one after another on one connection, of one number;
+the last is marked LAST. Integers are little endian.
 """
 
 import socket
@@ -22,17 +29,36 @@ from mooncake_connector.kv_transfer.memory import U64Array
 from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.transport.base import SourceIdentity
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME_BYTES = 8 << 20
 MAX_FRAME_RANGES = 4096
 MAX_CONNECTIONS = 64
+MAX_TOPIC_BYTES = 64
+MAX_BODY_BYTES = 256 << 10
 HANDSHAKE_S = 5.0
+SILENCE_S = 10
+
+PAYLOAD, REFERENCE, QUESTION = range(3)
+"""Kinds of frames."""
+
+LAST, CHECKED = 1, 2
+"""Flags of a frame: it ends its write; `checksum` is to be compared."""
+
+LANDED, REFUSED, FAILED, UNREADABLE = range(4)
+"""Statuses of a reply: all landed, or answered; not allowed; not done, try elsewhere; not by REFERENCE."""
+
+FENCE, ECHO, PROBE = ".fence", ".echo", ".probe"
+OWN_TOPICS = (FENCE, ECHO, PROBE)
+"""Topics that the streams serve themselves."""
+
+FENCED = struct.Struct("<II")
+"""Body of FENCE: index of the connection, and the incarnation up to which nothing may land any more."""
 
 _MAX_MESSAGE_BYTES = 4096
 _MAX_REASON_BYTES = 1024
 _MESSAGE = struct.Struct("<4sI")
-_FRAME = struct.Struct("<4sIQQII")
-_ACK = struct.Struct("<QI")
+_FRAME = struct.Struct("<4sBBHIIQQQQQQ")
+REPLY = struct.Struct("<QII")
 _HELLO_MAGIC, _FRAME_MAGIC = b"MKVh", b"MKVf"
 
 
@@ -42,46 +68,67 @@ class Hello(msgspec.Struct, frozen=True):
     Attributes:
         link: random bytes that the link's connections have in common.
         index: which of `connections` this one is.
-        source: for process_vm, whose memory the target shall read.
+        incarnation: how often this one was made anew.
+        source: whose memory the target may read, if process_vm is wanted.
+        challenge_address: where in that memory the initiator will store the target's challenge.
     """
 
     version: int
     token: bytes
-    path: str
     link: bytes
     index: int
     connections: int
+    incarnation: int = 0
     source: SourceIdentity | None = None
+    challenge_address: int = 0
 
 
 class Welcome(msgspec.Struct, frozen=True):
-    """Answer to `Hello`: no reason if the connection is admitted."""
+    """Answer to `Hello` and `Ready`.
 
-    reason: str | None = None
+    Attributes:
+        refusal: why the connection is not admitted; None if it is.
+        unreadable: why the target can't read the initiator's memory; None if it can, or has not tried yet.
+        challenge: what the initiator shall store; empty if there is no more to prove.
+    """
+
+    refusal: str | None = None
+    unreadable: str | None = None
+    challenge: bytes = b""
 
 
-class FrameHead(NamedTuple):
-    """A frame without its payload; `src` is there for process_vm only."""
+class Ready(msgspec.Struct, frozen=True):
+    """The challenge is in place."""
 
+
+class Frame(NamedTuple):
+    """A frame before its payload; for a QUESTION the three arrays are empty."""
+
+    kind: int
+    flags: int
     key: int
-    write: int
-    parts: int
+    number: int
     nbytes: int
+    checksum: int
+    topic_bytes: int
     dst: U64Array
     length: U64Array
-    src: U64Array | None
+    src: U64Array
 
 
-Message = TypeVar("Message", Hello, Welcome)
+Message = TypeVar("Message", Hello, Welcome, Ready)
+
+_NONE = np.empty(0, np.uint64)
 
 
 def tune(sock: socket.socket) -> None:
-    """Small frames leave at once, and a host that vanished is noticed within about 10 s."""
+    """Small frames leave at once, and a peer that says or takes nothing for `SILENCE_S` is given up."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 4)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_S * 1000)
 
 
 def hang_up(sock: socket.socket) -> None:
@@ -92,7 +139,7 @@ def hang_up(sock: socket.socket) -> None:
         pass  # never connected, or already shut down: nobody waits on it
 
 
-def put(sock: socket.socket, message: Hello | Welcome) -> None:
+def put(sock: socket.socket, message: Hello | Welcome | Ready) -> None:
     """Send a handshake message."""
     body = msgspec.msgpack.encode(message)
     sock.sendall(_MESSAGE.pack(_HELLO_MAGIC, len(body)) + body)
@@ -105,66 +152,87 @@ def get(sock: socket.socket, kind: type[Message]) -> Message:
         TransportError: What came is no such message.
         EOFError: The peer closed the connection.
     """
-    magic, size = _MESSAGE.unpack(_exactly(sock, _MESSAGE.size))
+    magic, size = _MESSAGE.unpack(exactly(sock, _MESSAGE.size))
     if magic != _HELLO_MAGIC or size > _MAX_MESSAGE_BYTES:
         raise TransportError(
             "the peer doesn't speak this protocol: check that the port is mooncake_connector's"
         )
     try:
-        return msgspec.msgpack.decode(_exactly(sock, size), type=kind)
+        return msgspec.msgpack.decode(exactly(sock, size), type=kind)
     except msgspec.MsgspecError as bad:
         raise TransportError(
             f"the peer's {kind.__name__} is malformed: {bad}; use one version on both"
         ) from bad
 
 
-def frame_head(key: int, write: int, parts: int, plan: CopyPlan, with_src: bool) -> bytes:
-    """The part of a frame before its payload."""
-    head = _FRAME.pack(_FRAME_MAGIC, plan.length.size, key, write, parts, plan.nbytes)
-    return b"".join(
-        (head, plan.dst.tobytes(), plan.length.tobytes(), plan.src.tobytes() if with_src else b"")
-    )
+def frame_head(
+    kind: int, key: int, number: int, plan: CopyPlan, flags: int = LAST, checksum: int = 0
+) -> bytes:
+    """The part of a PAYLOAD or REFERENCE frame before its payload."""
+    ranges = plan.length.size
+    first = (int(plan.dst[0]), int(plan.length[0]), int(plan.src[0])) if ranges else (0, 0, 0)
+    head = _FRAME.pack(_FRAME_MAGIC, kind, flags, 0, ranges, plan.nbytes, key, number, checksum, *first)
+    if ranges < 2:
+        return head
+    return b"".join((head, plan.dst[1:].tobytes(), plan.length[1:].tobytes(), plan.src[1:].tobytes()))
 
 
-def get_frame(sock: socket.socket, with_src: bool) -> FrameHead:
+def question(number: int, topic: str, body: bytes) -> bytes:
+    """A whole QUESTION frame.
+
+    Raises:
+        TransportError: Topic or body are too long.
+    """
+    name = topic.encode()
+    if len(name) > MAX_TOPIC_BYTES or len(body) > MAX_BODY_BYTES:
+        raise TransportError(
+            f"a question on {topic[:MAX_TOPIC_BYTES]!r} of {len(body)} bytes: send at most {MAX_BODY_BYTES}"
+        )
+    head = _FRAME.pack(_FRAME_MAGIC, QUESTION, LAST, 0, len(name), len(body), 0, number, 0, 0, 0, 0)
+    return b"".join((head, name, body))
+
+
+def get_frame(sock: socket.socket) -> Frame:
     """Receive a frame up to its payload; nothing is allocated before its sizes were checked.
 
     Raises:
         TransportError: The frame is malformed: the stream can't be trusted any further.
         EOFError: The peer closed the connection.
     """
-    magic, n, key, write, parts, nbytes = _FRAME.unpack(_exactly(sock, _FRAME.size))
-    if magic != _FRAME_MAGIC or n > MAX_FRAME_RANGES or nbytes > MAX_FRAME_BYTES or not parts:
-        raise TransportError(f"malformed frame: magic {magic!r}, {n} ranges, {nbytes} bytes, {parts} parts")
-    columns = 3 if with_src else 2
-    table = np.frombuffer(_exactly(sock, 8 * n * columns), np.uint64).reshape(columns, n)
-    dst, length = table[0], table[1]
+    magic, kind, flags, _, n, nbytes, key, number, checksum, dst0, length0, src0 = _FRAME.unpack(
+        exactly(sock, _FRAME.size)
+    )
+    if magic != _FRAME_MAGIC:
+        raise TransportError(f"malformed frame: magic {magic!r}")
+    if kind == QUESTION and n <= MAX_TOPIC_BYTES and nbytes <= MAX_BODY_BYTES:
+        return Frame(kind, flags, key, number, nbytes, checksum, n, _NONE, _NONE, _NONE)
+    if kind >= QUESTION or n > MAX_FRAME_RANGES or nbytes > MAX_FRAME_BYTES:
+        raise TransportError(f"malformed frame: kind {kind}, {n} ranges, {nbytes} bytes")
+    table = np.empty((3, n), np.uint64)
+    if n:
+        table[:, 0] = dst0, length0, src0
+    if n > 1:
+        table[:, 1:] = np.frombuffer(exactly(sock, 24 * (n - 1)), np.uint64).reshape(3, n - 1)
+    dst, length, src = table
     # Each length is bounded before the sum is taken, so that the sum can't wrap around.
     if (n and not 0 < length.min() <= length.max() <= nbytes) or int(length.sum()) != nbytes:
         raise TransportError(f"malformed frame: the {n} lengths don't add up to {nbytes} bytes")
-    return FrameHead(key, write, parts, nbytes, dst, length, table[2] if with_src else None)
+    return Frame(kind, flags, key, number, nbytes, checksum, 0, dst, length, src)
 
 
-def put_ack(sock: socket.socket, write: int, reason: str | None) -> None:
-    """Acknowledge one frame."""
-    text = (reason or "").encode()[:_MAX_REASON_BYTES]
-    sock.sendall(_ACK.pack(write, len(text)) + text)
+def put_reply(sock: socket.socket, number: int, status: int, said: bytes = b"") -> None:
+    """Answer one frame; a reason may be cut short."""
+    if status != LANDED:
+        said = said[:_MAX_REASON_BYTES]
+    sock.sendall(REPLY.pack(number, status, len(said)) + said)
 
 
-def get_ack(sock: socket.socket) -> tuple[int, str | None]:
-    """Receive an acknowledgement: (write, reason).
+def exactly(sock: socket.socket, nbytes: int) -> bytearray:
+    """Receive so many bytes.
 
     Raises:
-        TransportError: It is malformed.
         EOFError: The peer closed the connection.
     """
-    write, size = _ACK.unpack(_exactly(sock, _ACK.size))
-    if size > _MAX_REASON_BYTES:
-        raise TransportError(f"malformed acknowledgement: a reason of {size} bytes")
-    return write, _exactly(sock, size).decode(errors="replace") if size else None
-
-
-def _exactly(sock: socket.socket, nbytes: int) -> bytearray:
     data = bytearray(nbytes)
     view = memoryview(data)
     while view:

@@ -1,0 +1,107 @@
+"""One connection of a link, seen from the target: it lands writes where a grant allows, and answers."""
+
+import socket
+import threading
+from collections.abc import Callable
+
+from mooncake_connector.errors import TransportError
+from mooncake_connector.kv_transfer.transport import wire
+from mooncake_connector.kv_transfer.transport.grants import GrantTable
+from mooncake_connector.kv_transfer.transport.process_vm import Source
+from mooncake_connector.kv_transfer.transport.tcp import Inbox
+
+
+class Inlet:
+    """One connection.
+
+    Args:
+        answer: ``answer(inlet, topic, body)`` for a question.
+
+    Attributes:
+        source: the initiator's memory, if that can be read by process_vm.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        hello: wire.Hello,
+        peer: str,
+        grants: GrantTable,
+        answer: Callable[["Inlet", str, bytes], bytes],
+    ) -> None:
+        self.index, self.incarnation = hello.index, hello.incarnation
+        self.source: Source | None = None
+        self._sock, self._peer, self._grants, self._answer = sock, peer, grants, answer
+        self._inbox = Inbox(sock)
+        self._landing = threading.Lock()
+        self._closed = False
+        self._write = -1
+        self._whole = True
+
+    def fence(self) -> None:
+        """Hang up; when this returns, in milliseconds, nothing lands over this connection any more."""
+        self._closed = True
+        self._inbox.close()
+        wire.hang_up(self._sock)
+        with self._landing:
+            pass
+
+    def serve(self) -> None:
+        """Serve the connection until it ends.
+
+        Raises:
+            EOFError, OSError: It ended.
+            TransportError: The peer broke a rule.
+        """
+        while True:
+            frame = wire.get_frame(self._sock)
+            breach = None
+            if frame.kind == wire.QUESTION:
+                topic = wire.exactly(self._sock, frame.topic_bytes).decode(errors="replace")
+                body = bytes(wire.exactly(self._sock, frame.nbytes))
+                status, said = self._answered(topic, body)
+            else:
+                status, reason, breach = self._land(frame)
+                said = reason.encode()
+            wire.put_reply(self._sock, frame.number, status, said)
+            if breach is not None:
+                raise TransportError(breach)
+
+    def _answered(self, topic: str, body: bytes) -> tuple[int, bytes]:
+        try:
+            answer = self._answer(self, topic, body)
+            if len(answer) > wire.MAX_BODY_BYTES:
+                raise TransportError(f"the answer on {topic!r} has {len(answer)} bytes: too many")
+        except TransportError as refused:
+            return wire.REFUSED, str(refused).encode()
+        return wire.LANDED, answer
+
+    def _land(self, frame: wire.Frame) -> tuple[int, str, str | None]:
+        """Land a frame: status, reason, and what makes the peer one that has to be cut off."""
+        if frame.number != self._write:
+            self._write, self._whole = frame.number, True
+        with self._landing:
+            if self._closed:
+                raise EOFError("the connection was closed here")
+            grant, known = self._grants.find(frame.key, self._peer)
+            if grant is not None and grant.covers(frame.dst, frame.length):
+                if frame.kind == wire.PAYLOAD:
+                    status, reason = self._inbox.land(frame, grant)
+                elif self.source is not None:
+                    status, reason = self.source.land(frame, grant)
+                else:
+                    status, reason = wire.UNREADABLE, "process_vm: the peer named no process of this host"
+                self._whole &= status == wire.LANDED
+                if self._whole and frame.flags & wire.LAST:
+                    grant.write_landed()
+                return status, reason, None
+        self._whole = False
+        if frame.kind == wire.PAYLOAD:
+            self._inbox.drain(frame.nbytes)
+        if grant is not None:
+            reason = f"the write goes outside what grant {frame.key} covers"
+        elif known:
+            return wire.REFUSED, f"no grant {frame.key}: it was revoked", None
+        else:
+            reason = f"no grant {frame.key} was ever this peer's"
+        return wire.REFUSED, reason, reason
