@@ -22,10 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_proxy(commands.add_parser("proxy", help="serve OpenAI's API from prefill and decode engines"))
     commands.add_parser("demo", help="real engines, real prompts, on this machine; see demo --help")
+    _add_topology(
+        commands.add_parser("topology", help="show this host's GPUs and NICs, and which go together")
+    )
     options = vars(parser.parse_args(arguments))
-    options.pop("command")
     try:
-        return _proxy(options)
+        return {"proxy": _proxy, "topology": _topology}[options.pop("command")](options)
     except MooncakeError as error:
         print(f"mooncake-connector: {error}", file=sys.stderr)
         return 2
@@ -59,6 +61,23 @@ def _add_proxy(parser: argparse.ArgumentParser) -> None:
     add("--connect-timeout", metavar="S", help="how long connecting to an engine may take (5)")
     add("--drain-seconds", metavar="S", help="how long running answers may take after SIGTERM (30)")
     add("--log-level", help="debug, info, warning or error (info)")
+
+
+def _add_topology(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--sysfs", metavar="DIR", help="a recorded host instead of this one")
+    add("--json", action="store_true", help="as JSON instead of a tree")
+    add("--override", metavar="FILE", help='JSON that wins: {"cpu:0": [[preferred NICs], [secondary NICs]]}')
+    add("--allow", metavar="NIC", nargs="+", action="extend", help="names or patterns; no other NIC is used")
+    add("--deny", metavar="NIC", nargs="+", action="extend", help="names or patterns that are never used")
+    add("--record", metavar="DIR", help="copy what was read into a new directory, for --sysfs elsewhere")
+
+
+def _topology(options: dict[str, object]) -> int:
+    from mooncake_connector.kv_transfer.topology import show
+
+    print(show.run(options))
+    return 0
 
 
 def _proxy(options: dict[str, object]) -> int:

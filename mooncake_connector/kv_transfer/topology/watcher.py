@@ -1,0 +1,135 @@
+"""Notices NICs that come, go or change while the process runs."""
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from mooncake_connector.kv_transfer.topology.discovery import SYS, discover_nics, glance
+from mooncake_connector.kv_transfer.topology.model import Change, Topology, differences
+
+logger = logging.getLogger(__name__)
+
+Listener = Callable[[tuple[Change, ...], Topology], None]
+
+# linux/rtnetlink.h, linux/netlink.h: `socket` has no names for them.
+_LINK_AND_ADDRESSES = 0x1 | 0x10 | 0x100
+_KOBJECT_UEVENT = 15
+_KERNEL_UEVENTS = 1
+
+_SOON_S, _SETTLED_S = 0.1, 0.6
+"""When to look after an event, twice: the port of an RDMA device follows its interface a little later."""
+
+
+class Watcher:
+    """Calls a listener with each difference between what sysfs says now and what it said before.
+
+    The kernel's netlink events say when to look; a slow poll finds what raises no event (the state of an
+    InfiniBand port) and is all there is where netlink is not allowed.
+    """
+
+    def __init__(
+        self, topology: Topology, listener: Listener, *, sysfs: Path = SYS, poll_s: float = 5.0
+    ) -> None:
+        """Start watching.
+
+        Args:
+            topology: what the listener knows already, from `discover`.
+            listener: called as ``listener(changes, topology)`` from the watcher's thread, with the host as
+                it is now. Not called while nothing changed.
+            sysfs: where `topology` came from.
+            poll_s: pause between looks without an event [s].
+        """
+        self._topology = topology
+        self._listener = listener
+        self._sysfs = sysfs
+        self._poll_s = poll_s
+        self._wake, self._waker = socket.socketpair()
+        self._events = _event_sockets()
+        self._seen: tuple[str, ...] = ()
+        self._thread = threading.Thread(target=self._run, name="mooncake-topology", daemon=True)
+        self._thread.start()
+
+    @property
+    def topology(self) -> Topology:
+        """The host as last seen."""
+        return self._topology
+
+    def close(self) -> None:
+        """Stop; the listener is not called any more when this returns (unless it is the one calling)."""
+        self._waker.close()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        due, settled = time.monotonic() + self._poll_s, 0.0
+        with contextlib.ExitStack() as stack:
+            for sock in (self._wake, *self._events):
+                stack.enter_context(sock)
+            while True:
+                delay = max(0.0, due - time.monotonic())
+                ready, _, _ = select.select([self._wake, *self._events], [], [], delay)
+                if self._wake in ready:
+                    return
+                now = time.monotonic()
+                for sock in ready:
+                    _drain(sock)
+                    due, settled = min(due, now + _SOON_S), now + _SETTLED_S
+                if now >= due:
+                    self._look(after_event=settled > 0)
+                    settled = settled if settled > now else 0.0
+                    due = settled or now + self._poll_s
+
+    def _look(self, after_event: bool) -> None:
+        try:
+            seen = glance(self._sysfs)
+            if seen == self._seen and self._events and not after_event:
+                return
+            self._seen = seen
+            nics = discover_nics(self._sysfs)
+            if not (changes := differences(self._topology.nics, nics)):
+                return
+            self._topology = msgspec.structs.replace(self._topology, nics=nics)
+            for change in changes:
+                logger.info("NIC %s: %s (%s)", change.nic.name, change.kind, change.nic.state)
+            self._listener(changes, self._topology)
+        except Exception:
+            logger.exception("a change of NICs was not handled")
+
+
+def _event_sockets() -> list[socket.socket]:
+    """Netlink sockets that become readable when a link, an address or a device changes."""
+    found = []
+    for protocol, groups in (
+        (socket.NETLINK_ROUTE, _LINK_AND_ADDRESSES),
+        (_KOBJECT_UEVENT, _KERNEL_UEVENTS),
+    ):
+        try:
+            sock = socket.socket(
+                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol
+            )
+        except OSError as error:
+            logger.info("no netlink events (%s): NICs are polled", error)
+            continue
+        try:
+            sock.bind((0, groups))
+        except OSError as error:
+            sock.close()
+            logger.info("no netlink events (%s): NICs are polled", error)
+            continue
+        found.append(sock)
+    return found
+
+
+def _drain(sock: socket.socket) -> None:
+    """Only that something happened matters; what it was, sysfs says."""
+    with contextlib.suppress(OSError):
+        while os.read(sock.fileno(), 1 << 16):
+            pass
