@@ -156,7 +156,7 @@ class RailState:
     def has_room(self, now: float) -> bool:
         policy = self._policy
         if self.weight > 1:
-            return self._busy_until < now + policy.window_s and self.slices < policy.max_slices
+            return now >= self.rested() and self.slices < policy.max_slices
         return self.slices < 2 or (
             self.in_flight < self.bandwidth * policy.window_s and self.slices < policy.max_slices
         )
