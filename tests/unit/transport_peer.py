@@ -15,7 +15,16 @@ import numpy as np
 
 from mooncake_connector.kv_transfer.memory import Ranges
 from mooncake_connector.kv_transfer.plan import CopyPlan
-from mooncake_connector.kv_transfer.transport import Endpoint, Failure, Rail, Receiver, StreamLink, wire
+from mooncake_connector.kv_transfer.transport import (
+    Endpoint,
+    Failure,
+    Rail,
+    Receiver,
+    SourceIdentity,
+    StreamLink,
+    identity,
+    wire,
+)
 
 SLICE_BYTES = 1 << 20
 
@@ -201,6 +210,25 @@ class Initiator:
         )
         results = [done.wait() for done in self._link.spread(key, plan)]
         return [failure.reason for failure in results if failure is not None]
+
+    def break_busy(self, key: int, dst: int, rail: str, wait_ms: float) -> list[str]:
+        """Fill a rail, break it, and return once it is fenced: why writes failed."""
+        link = self._link
+        dones = [Done() for _ in range(64)]
+        for done in dones:
+            link.rails[rail].write(key, copy(self._memory.ctypes.data, dst, self._memory.size), done)
+        time.sleep(wait_ms / 1000)
+        fences = link.kinds().count(("fenced", rail))
+        link.link.abandon(rail, "stuck")
+        until(lambda: link.kinds().count(("fenced", rail)) > fences, 5, "fenced")
+        return [failure.reason for done in dones if (failure := done.wait()) is not None]
+
+    def restore(self, rail: str) -> None:
+        self._link.link.restore(rail)
+        self._link.up()
+
+    def identity(self) -> SourceIdentity:
+        return identity()
 
     def close(self) -> None:
         self._link.close()

@@ -153,7 +153,10 @@ class Stream:
         self.index, self.incarnation = hello.index, hello.incarnation
         self.rails = {path: StreamRail(self, path) for path in paths}
         self.sock: socket.socket | None = None
-        self._owner, self._hello, self._endpoint = owner, hello, endpoint
+        self._owner, self._endpoint = owner, endpoint
+        # The target believes that this process is at the other end once it has read its challenge from here.
+        self._proof = np.zeros(_CHALLENGE_BYTES, np.uint8)
+        self._hello = msgspec.structs.replace(hello, challenge_address=self._proof.ctypes.data)
         self._todo: deque[_Frame | _Question] = deque()
         self._sent: deque[_Frame | _Question] = deque()
         self._changed = threading.Condition()
@@ -381,15 +384,10 @@ class Stream:
         Raises:
             TransportError: The target refused.
         """
-        # The target believes that this process is at the other end once it has read its challenge from here.
-        proof = np.zeros(_CHALLENGE_BYTES, np.uint8)
-        hello = self._hello
-        if hello.source is not None:
-            hello = msgspec.structs.replace(hello, challenge_address=proof.ctypes.data)
-        wire.put(sock, hello)
+        wire.put(sock, self._hello)
         welcome = wire.get(sock, wire.Welcome)
         if challenge := welcome.challenge[:_CHALLENGE_BYTES]:
-            proof[: len(challenge)] = np.frombuffer(challenge, np.uint8)
+            self._proof[: len(challenge)] = np.frombuffer(challenge, np.uint8)
             wire.put(sock, wire.Ready())
             welcome = wire.get(sock, wire.Welcome)
         if welcome.refusal is not None:
