@@ -93,7 +93,7 @@ class Tree:
             self.write(f"{port}/state", state)
             self.write(f"{port}/rate", rate)
             self.write(f"{port}/link_layer", link_layer)
-            for index in range(16):
+            for index in range(len(gids) + 2):
                 gid, kind = gids[index] if index < len(gids) else (ZERO_GID, "")
                 self.write(f"{port}/gids/{index}", gid)
                 # Reading a type or an interface that is not set fails with EINVAL: here, it is not there.

@@ -30,10 +30,11 @@ def rdma(name: str, gbits: float, numa: int, pci: str = "", **more: Any) -> Nic:
     return Nic(name=name, speed=gbits * 125e6, numa=numa, pci=tuple(pci.split("/")) if pci else (), **values)
 
 
-@pytest.fixture
-def dgx(tmp_path: Path) -> Topology:
-    dgx_h100(tmp_path)
-    return discover(tmp_path)
+@pytest.fixture(scope="module")
+def dgx(tmp_path_factory: pytest.TempPathFactory) -> Topology:
+    root = tmp_path_factory.mktemp("dgx")
+    dgx_h100(root)
+    return discover(root)
 
 
 def test_dgx_gpus_prefer_the_nic_beside_them(dgx: Topology) -> None:
