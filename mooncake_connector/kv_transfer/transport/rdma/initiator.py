@@ -1,0 +1,284 @@
+"""The initiator's rails of one link: which NICs meet, how rails are opened, fenced and made anew."""
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+from typing import Protocol
+
+import numpy as np
+
+from mooncake_connector.errors import TransportError
+from mooncake_connector.kv_transfer.plan import CopyPlan
+from mooncake_connector.kv_transfer.transport.base import Failure, LinkEvents, Mark
+from mooncake_connector.kv_transfer.transport.rdma import cards
+from mooncake_connector.kv_transfer.transport.rdma.cards import NicCard
+from mooncake_connector.kv_transfer.transport.rdma.nic import RdmaNic
+from mooncake_connector.kv_transfer.transport.rdma.rail import RdmaRail
+from mooncake_connector.kv_transfer.transport.rdma.wr import Keys
+
+ASK_TRIES = 16
+"""So many streams may break under one question; the end of the last one ends the link anyway."""
+
+_NOTHING = np.zeros(0, np.uint64)
+_PROBE = CopyPlan(_NOTHING, _NOTHING, _NOTHING)
+
+log = logging.getLogger(__name__)
+
+
+class Ask(Protocol):
+    """`Link.ask`."""
+
+    def __call__(self, topic: str, body: bytes, on_answer: Callable[[bytes | Failure], None]) -> None: ...
+
+
+class _State(Enum):
+    IDLE = auto()
+    OPENING = auto()
+    UP = auto()
+    BROKEN = auto()
+    """Down, and not fenced yet."""
+
+
+class _Slot:
+    """A place for a rail: which NICs it joins, and what has become of it.
+
+    Attributes:
+        number: by which both ends know the rail of now; each rail made here gets a new one.
+        rail: of now; after it broke, until it is fenced, for its mark.
+        wanted: to be made anew as soon as it is fenced.
+    """
+
+    def __init__(self, name: str, nic: RdmaNic, there: NicCard) -> None:
+        self.name, self.nic, self.there = name, nic, there
+        self.state = _State.IDLE
+        self.number = 0
+        self.rail: RdmaRail | None = None
+        self.wanted = False
+
+
+class RdmaRails:
+    """All RDMA rails of one link, for a `Link` to offer beside its streams. Thread-safe.
+
+    Args:
+        name: of the link, for logs.
+        token: of the target's endpoint: the target serves only the link that it admitted.
+        ask: puts questions to the target over the link's streams.
+        events: told of rails, as `LinkEvents` says; `link_down` never.
+        nics: ours, the preferred first.
+        qps: rails for each pair of NICs.
+        penalty: from the memory of this process to a NIC, by label; 1 is near.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        token: bytes,
+        ask: Ask,
+        events: LinkEvents,
+        nics: Sequence[RdmaNic],
+        *,
+        qps: int = 2,
+        penalty: Callable[[str], float] = lambda nic: 1.0,
+    ) -> None:
+        self._name, self._token, self._ask, self._events = name, token, ask, events
+        self._nics = sorted(nics, key=lambda nic: penalty(nic.label))
+        self._qps, self._penalty = qps, penalty
+        self._lock = threading.Lock()
+        self._slots: dict[str, _Slot] = {}
+        self._numbers = itertools.count(1)
+        self._closed = False
+        self._listeners = [(nic, lambda reason, nic=nic: self._nic_failed(nic, reason)) for nic in self._nics]
+
+    def open(self) -> None:
+        """Ask the target for its NICs, and open all rails. Once, when a stream of the link is up."""
+        for nic, listener in self._listeners:
+            nic.listeners.append(listener)
+        self._insist(cards.NICS, cards.encode(cards.Hello(self._token)), self._met)
+
+    def owns(self, rail: str) -> bool:
+        """Whether it is one of ours."""
+        return rail in self._slots
+
+    def restore(self, rail: str) -> None:
+        """Make a rail that is down anew; answered by `rail_up` or `rail_down`, after its fence."""
+        slot = self._slots[rail]
+        with self._lock:
+            slot.wanted = slot.state is _State.BROKEN
+            ready = slot.state is _State.IDLE and not self._closed
+            if ready:
+                slot.state = _State.OPENING
+        if ready:
+            self._open(slot)
+
+    def abandon(self, rail: str, reason: str) -> None:
+        """Break a rail that is stuck; `rail_down` and `rail_fenced` follow."""
+        live = self._slots[rail].rail
+        if live is not None:
+            live.fail(reason)
+
+    def marks(self) -> tuple[Mark, ...]:
+        """What the target has to see before it may use what has been written until now."""
+        with self._lock:
+            slots = self._slots.values()
+            return tuple(Mark(s.number, s.rail.completed) for s in slots if s.rail is not None)
+
+    def close(self) -> None:
+        """Destroy all rails; writes not yet landed end as failures. No event follows."""
+        with self._lock:
+            self._closed = True
+            rails = [slot.rail for slot in self._slots.values() if slot.rail is not None]
+        for nic, listener in self._listeners:
+            if listener in nic.listeners:
+                nic.listeners.remove(listener)
+        for rail in rails:
+            rail.close()
+
+    # ------------------------------------------------------------------ opening
+
+    def _met(self, answer: bytes | Failure) -> None:
+        try:
+            there = cards.decode(_unless_failed(answer), cards.Nics).nics
+        except TransportError as failed:
+            log.warning("%s: no rdma: %s", self._name, failed)
+            return
+        if not there:
+            log.warning("%s: no rdma: the target has no NIC for it", self._name)
+        slots = [
+            _Slot(f"rdma-{here.label}-{card.label}-{i}", here, card)
+            for here, card in pairs(self._nics, there)
+            for i in range(self._qps)
+        ]
+        with self._lock:
+            if self._closed:
+                return
+            self._slots = {slot.name: slot for slot in slots}
+        for slot in slots:
+            self.restore(slot.name)
+
+    def _open(self, slot: _Slot) -> None:
+        number = next(self._numbers)
+        here, there = slot.nic, slot.there
+        speeds = [speed for speed in (here.speed, there.speed) if speed]
+        try:
+            if (problem := here.problem()) is not None:
+                raise TransportError(problem)
+            rail = RdmaRail(
+                slot.name,
+                here,
+                speed=min(speeds, default=0.0) / self._qps,
+                penalty=self._penalty(here.label) * there.penalty,
+                refresh=lambda then: self._refresh(rail, there.label, then),
+                on_broken=lambda reason: self._broken(slot, number, reason),
+            )
+        except TransportError as refused:
+            with self._lock:
+                slot.state = _State.IDLE
+            self._events.rail_down(slot.name, str(refused))
+            return
+        with self._lock:
+            slot.number, slot.rail = number, rail
+            closed = self._closed
+        if closed:
+            rail.close()
+            return
+        question = cards.Open(self._token, number, there.label, rail.card)
+        self._ask(cards.OPEN, cards.encode(question), lambda answer: self._opened(slot, rail, answer))
+
+    def _opened(self, slot: _Slot, rail: RdmaRail, answer: bytes | Failure) -> None:
+        try:
+            opened = cards.decode(_unless_failed(answer), cards.Opened)
+            rail.there = Keys.of(opened.regions, owner="the target")
+            rail.connect(opened.card)
+        except TransportError as failed:
+            rail.fail(str(failed))
+            return
+        # A write of no bytes shows whether the two NICs reach each other, before anything depends on it.
+        rail.write(0, _PROBE, lambda failure: self._probed(slot, rail, failure))
+
+    def _probed(self, slot: _Slot, rail: RdmaRail, failure: Failure | None) -> None:
+        if failure is not None:
+            return  # the rail breaks, and says so
+        with self._lock:
+            up = slot.rail is rail and slot.state is _State.OPENING and not self._closed
+            if up:
+                slot.state = _State.UP
+        if up:
+            self._events.rail_up(rail)
+
+    def _refresh(self, rail: RdmaRail, nic: str, then: Callable[[Failure | None], None]) -> None:
+        def answered(answer: bytes | Failure) -> None:
+            try:
+                rows = cards.decode(_unless_failed(answer), cards.Regions).regions
+                rail.there = Keys.of(rows, owner="the target")
+            except TransportError as failed:
+                then(Failure(str(failed), retry=True))
+            else:
+                then(None)
+
+        self._insist(cards.REGIONS, cards.encode(cards.Which(self._token, nic)), answered)
+
+    # ------------------------------------------------------------------ breaking
+
+    def _nic_failed(self, nic: RdmaNic, reason: str) -> None:
+        """The port went down, or (no reason) some queue pair of this NIC failed."""
+        with self._lock:
+            rails = [slot.rail for slot in self._slots.values() if slot.nic is nic]
+        for rail in rails:
+            if rail is None:
+                continue
+            if reason:
+                rail.fail(reason)
+            else:
+                rail.check()
+
+    def _broken(self, slot: _Slot, number: int, reason: str) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            slot.state = _State.BROKEN
+        self._events.rail_down(slot.name, reason)
+        self._fence(slot, number)
+
+    def _fence(self, slot: _Slot, number: int) -> None:
+        def answered(answer: bytes | Failure) -> None:
+            if isinstance(answer, Failure):
+                log.warning("%s: rail %s stays unfenced: %s", self._name, slot.name, answer.reason)
+                return
+            with self._lock:
+                slot.rail = None
+                slot.state = _State.IDLE
+                again, slot.wanted = slot.wanted, False
+            self._events.rail_fenced(slot.name)
+            if again:
+                self.restore(slot.name)
+
+        self._insist(cards.FENCE, cards.encode(cards.Fence(self._token, number)), answered)
+
+    def _insist(
+        self, topic: str, body: bytes, on_answer: Callable[[bytes | Failure], None], tries: int = ASK_TRIES
+    ) -> None:
+        """Ask, and ask again if the stream breaks that carried the question."""
+
+        def answered(answer: bytes | Failure) -> None:
+            if isinstance(answer, Failure) and answer.retry and tries > 1 and not self._closed:
+                self._insist(topic, body, on_answer, tries - 1)
+            else:
+                on_answer(answer)
+
+        self._ask(topic, body, answered)
+
+
+def pairs(here: Sequence[RdmaNic], there: Sequence[NicCard]) -> list[tuple[RdmaNic, NicCard]]:
+    """Which NICs meet: each of either side at least once, the preferred of both with each other."""
+    if not here or not there:
+        return []
+    n = max(len(here), len(there))
+    return [(here[i % len(here)], there[i % len(there)]) for i in range(n)]
+
+
+def _unless_failed(answer: bytes | Failure) -> bytes:
+    if isinstance(answer, Failure):
+        raise TransportError(answer.reason)
+    return answer
