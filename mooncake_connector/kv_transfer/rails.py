@@ -135,7 +135,7 @@ class RailState:
         # Small writes tell latency, not bandwidth.
         if self._landed >= self._count * self._slicing.min_bytes:
             gain = busy / (busy + self._policy.memory_s)
-            self._learn(self._landed / busy, gain if self._measured else max(gain, 0.5))
+            self._learn(self._landed / busy, gain if self._measured else 1.0)
         self._since = now
         self._landed = self._count = 0
 
@@ -158,7 +158,10 @@ class RailState:
         if self.weight > 1:
             return now >= self.rested() and self.slices < policy.max_slices
         return self.slices < 2 or (
-            self.in_flight < self.bandwidth * policy.window_s and self.slices < policy.max_slices
+            # What the hardware claims is no reason to hand a rail more than it may carry in seconds.
+            self._measured
+            and self.in_flight < self.bandwidth * policy.window_s
+            and self.slices < policy.max_slices
         )
 
     # health

@@ -1,0 +1,437 @@
+"""The dispatcher on simulated rails of given speed: balance, failover, return, and latency under load."""
+
+import heapq
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+import pytest
+
+from mooncake_connector.kv_transfer.dispatcher import (
+    Abandon,
+    Action,
+    Dispatcher,
+    Finished,
+    Post,
+    Priority,
+    RailSpec,
+    Restore,
+)
+from mooncake_connector.kv_transfer.plan import CopyPlan
+from mooncake_connector.kv_transfer.transport.base import Failure
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+GB = 1e9
+FENCE_S = 5e-3
+
+
+@dataclass
+class SimRail:
+    """Carries one slice after the other."""
+
+    spec: RailSpec
+    rate: float
+    free_at: float = 0.0
+    life: int = 0
+    alive: bool = True
+    stuck: bool = False
+
+
+@dataclass
+class Simulation:
+    """Each rail moves `rate` bytes/s, and its acknowledgements take `latency` seconds."""
+
+    latency: float = 10e-6
+    now: float = 0.0
+    dispatcher: Dispatcher = field(default_factory=Dispatcher)
+    rails: dict[str, SimRail] = field(default_factory=dict)
+    carried: Counter[str] = field(default_factory=Counter)  # bytes that landed, by rail
+    posts: int = 0
+    begun: dict[int, float] = field(default_factory=dict)
+    ended: dict[int, Finished] = field(default_factory=dict)
+    took: dict[int, float] = field(default_factory=dict)
+    abandoned: list[str] = field(default_factory=list)
+    _coming: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
+    _numbers: "count[int]" = field(default_factory=count)
+
+    def rail(
+        self, name: str, rate: float, *, rank: int = 0, speed: float = 0.0, penalty: float = 1.0
+    ) -> None:
+        spec = RailSpec(name, "rdma" if rank == 0 else "tcp", rank, speed, penalty)
+        self.rails[name] = SimRail(spec, rate)
+        self.do(self.dispatcher.rail_up(spec, self.now))
+
+    def submit(
+        self,
+        nbytes: int,
+        priority: Priority = Priority.FOREGROUND,
+        deadline: float | None = None,
+        ranges: int = 1,
+    ) -> int:
+        number = next(self._numbers)
+        length = np.full(ranges, nbytes // ranges, np.uint64)
+        at = np.arange(ranges, dtype=np.uint64) * np.uint64(2 * nbytes // ranges)
+        self.begun[number] = self.now
+        self.do(self.dispatcher.submit(number, 1, CopyPlan(at, at, length), priority, deadline, self.now))
+        return number
+
+    def at(self, when: float, event: Callable[[], None]) -> None:
+        heapq.heappush(self._coming, (when, next(self._numbers), event))
+
+    def do(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Post():
+                    self.post(action)
+                case Finished(transfer):
+                    self.ended[transfer] = action
+                    self.took[transfer] = self.now - self.begun[transfer]
+                case Restore(rail):
+                    self.at(self.now + 1e-3, lambda name=rail: self.restore(name))  # type: ignore[misc]
+                case Abandon(rail):
+                    self.abandoned.append(rail)
+                    self.kill(rail)
+
+    def post(self, post: Post) -> None:
+        self.posts += 1
+        rail, nbytes = self.rails[post.rail], post.plan.nbytes
+        if rail.stuck:
+            return
+        rail.free_at = max(rail.free_at, self.now) + nbytes / rail.rate
+        life = rail.life
+
+        def landed() -> None:
+            if rail.life == life:
+                self.carried[post.rail] += nbytes
+                self.do(self.dispatcher.slice_ended(post.slice, None, self.now))
+
+        self.at(rail.free_at + self.latency, landed)
+
+    def kill(self, name: str, alive: bool = False) -> None:
+        """A rail breaks; it can be restored once it is `alive`."""
+        rail = self.rails[name]
+        rail.life, rail.alive, rail.stuck, rail.free_at = rail.life + 1, alive, False, 0.0
+        self.do(self.dispatcher.rail_down(name, "cable pulled", self.now))
+        self.at(self.now + FENCE_S, lambda: self.do(self.dispatcher.rail_fenced(name, self.now)))
+
+    def restore(self, name: str) -> None:
+        rail = self.rails[name]
+        if rail.alive:
+            self.do(self.dispatcher.rail_up(rail.spec, self.now))
+        else:
+            self.do(self.dispatcher.rail_down(name, "cable still pulled", self.now))
+
+    def run(self, until: float = 1e9) -> None:
+        """Until nothing happens any more, or a time."""
+        while True:
+            tick = self.dispatcher.next_tick()
+            coming = self._coming[0][0] if self._coming else 1e18
+            at = min(coming, 1e18 if tick is None else max(tick, self.now))
+            if at > until or at == 1e18:
+                self.now = min(until, self.now) if until == 1e9 else until
+                return
+            self.now = at
+            if coming <= at:
+                heapq.heappop(self._coming)[2]()
+            else:
+                self.do(self.dispatcher.tick(self.now))
+
+    def ok(self, transfer: int) -> bool:
+        return self.ended[transfer].error is None
+
+
+@pytest.mark.parametrize("told", [0.0, 10 * GB], ids=["unknown speed", "wrong speed"])
+@pytest.mark.parametrize("rates", [(10 * GB, 5 * GB), (3 * GB, 1 * GB), (0.05 * GB, 0.03 * GB)])
+def test_two_rails_share_by_their_speeds(rates: tuple[float, float], told: float) -> None:
+    sim = Simulation()
+    for name, rate in zip("ab", rates, strict=True):
+        sim.rail(name, rate, speed=told)
+    nbytes = int(sum(rates) / 2)
+    transfer = sim.submit(nbytes)
+    sim.run()
+    assert sim.ok(transfer)
+    assert sum(sim.carried.values()) == nbytes
+    assert sim.carried["a"] / sim.carried["b"] == pytest.approx(rates[0] / rates[1], rel=0.1)
+    assert sim.took[transfer] == pytest.approx(nbytes / sum(rates), rel=0.1)
+
+
+def test_shares_follow_a_speed_that_changes() -> None:
+    sim = Simulation()
+    sim.rail("a", 10 * GB)
+    sim.rail("b", 10 * GB)
+    sim.submit(GIB)
+    sim.run()
+    sim.rails["a"].rate = 1 * GB
+    sim.carried.clear()
+    transfer = sim.submit(2 * GIB)
+    sim.run()
+    assert sim.carried["b"] / sim.carried["a"] == pytest.approx(10, rel=0.15)
+    assert sim.took[transfer] == pytest.approx(2 * GIB / (11 * GB), rel=0.1)
+
+
+def test_a_rail_with_a_penalty_is_used_in_proportion() -> None:
+    sim = Simulation()
+    sim.rail("near", 10 * GB)
+    sim.rail("far", 10 * GB, penalty=2.0)
+    transfer = sim.submit(2 * GIB)
+    sim.run()
+    assert sim.ok(transfer)
+    assert sim.carried["near"] / sim.carried["far"] == pytest.approx(2, rel=0.1)
+
+
+def test_a_small_write_takes_the_near_rail_and_is_not_cut() -> None:
+    sim = Simulation()
+    sim.rail("far", 10 * GB, penalty=2.0)
+    sim.rail("near", 10 * GB)
+    sim.submit(MIB)
+    assert sim.posts == 1
+    sim.run()
+    assert sim.carried == {"near": MIB}
+
+
+def test_a_large_write_is_shared_at_once() -> None:
+    sim = Simulation()
+    for name in "abcd":
+        sim.rail(name, 10 * GB)
+    sim.submit(GIB)
+    sim.run()
+    sim.carried.clear()
+    transfer = sim.submit(8 * MIB)
+    sim.run()
+    assert all(n == pytest.approx(2 * MIB, rel=0.2) for n in sim.carried.values())
+    assert sim.took[transfer] < 0.33 * 8 * MIB / (10 * GB)
+
+
+def test_a_slow_rail_does_not_hold_up_the_end() -> None:
+    """Its smallest slice takes longer than the other rail needs for everything."""
+    sim = Simulation()
+    sim.rail("fast", 10 * GB, speed=10 * GB)
+    sim.rail("slow", 1e6, speed=1e6)
+    transfer = sim.submit(200 * MIB)
+    sim.run()
+    assert sim.took[transfer] < 1.1 * 200 * MIB / (10 * GB)
+    long = sim.submit(4 * GIB)
+    sim.run()
+    assert sim.carried["slow"] > 0
+    assert sim.took[long] < 1.02 * 4 * GIB / (10 * GB)
+
+
+def test_a_huge_plan_is_cut_only_as_it_goes() -> None:
+    sim = Simulation()
+    sim.rail("a", 10 * GB)
+    transfer = sim.submit(GIB, ranges=65536)
+    assert sim.posts <= 64
+    sim.run()
+    assert sim.ok(transfer)
+    assert sim.carried["a"] == GIB
+
+
+def test_a_rail_that_dies_leaves_its_slices_to_the_other() -> None:
+    sim = Simulation()
+    sim.rail("a", 10 * GB)
+    sim.rail("b", 10 * GB)
+    transfer = sim.submit(GIB)
+    sim.at(0.02, lambda: sim.kill("a"))
+    sim.run(until=1.0)
+    assert sim.ok(transfer)
+    assert sim.ended[transfer].nbytes == sum(sim.carried.values()) == GIB
+    assert 0 < sim.carried["a"] < sim.carried["b"]
+
+
+def test_both_die_and_return_and_tcp_bridges_the_gap() -> None:
+    sim = Simulation()
+    sim.rail("rdma-0", 10 * GB)
+    sim.rail("rdma-1", 10 * GB)
+    sim.rail("tcp-0", 1 * GB, rank=1)
+    transfer = sim.submit(4 * GIB)
+    sim.run(until=0.05)
+    assert not sim.carried["tcp-0"]
+    sim.kill("rdma-0")
+    sim.run(until=0.06)
+    assert not sim.carried["tcp-0"]
+    sim.kill("rdma-1")
+    sim.run(until=0.3)
+    assert sim.carried["tcp-0"] == pytest.approx(0.24 * GB, rel=0.1)
+
+    for name in ("rdma-0", "rdma-1"):
+        sim.rails[name].alive = True
+    before = sim.carried["rdma-0"]
+    sim.run(until=0.05 + 0.5 + 0.02)  # the first cooldown, and a little
+    assert sim.carried["rdma-0"] > before
+    over_tcp = sim.carried["tcp-0"]
+    sim.run()
+    assert sim.carried["tcp-0"] - over_tcp < 20 * MIB  # what was in flight
+    assert sim.ok(transfer)
+    assert sum(sim.carried.values()) == 4 * GIB
+
+
+def test_a_better_transport_that_comes_later_takes_over() -> None:
+    sim = Simulation()
+    sim.rail("tcp-0", 1 * GB, rank=1)
+    sim.submit(GIB)
+    sim.run(until=0.1)
+    sim.rail("rdma-0", 10 * GB)
+    sim.run()
+    assert sim.carried["tcp-0"] < 0.12 * GB
+    assert sim.carried["rdma-0"] == GIB - sim.carried["tcp-0"]
+
+
+def foreground_latencies(background: Priority | None) -> list[float]:
+    sim = Simulation()
+    sim.rail("a", 10 * GB)
+    sim.rail("b", 10 * GB)
+    sim.submit(GIB)
+    sim.run()
+    if background is not None:
+        sim.submit(4 * GIB, background)
+        sim.submit(4 * GIB, Priority.MIGRATION)
+    writes: list[int] = []
+    start = sim.now
+    for i in range(40):
+        sim.at(start + 0.002 + i * 0.0037, lambda: writes.append(sim.submit(4 * KIB)))
+    sim.run(until=start + 0.16)
+    assert background is None or not set(sim.ended) - set(writes) - {0}, "the background ended too early"
+    return [sim.took[w] for w in writes]
+
+
+def test_foreground_waits_for_one_background_slice_at_most() -> None:
+    slice_s = 8 * MIB / (10 * GB)
+    alone, behind = foreground_latencies(None), foreground_latencies(Priority.PREFETCH)
+    assert max(alone) < 0.1 * slice_s
+    assert max(behind) < 1.1 * slice_s
+    # Bulk of the same priority has a whole window in flight: this is what priorities spare it.
+    assert max(foreground_latencies(Priority.FOREGROUND)) > 2 * slice_s
+
+
+def test_prefetch_comes_before_migration_and_both_use_idle_rails() -> None:
+    sim = Simulation()
+    sim.rail("a", 10 * GB)
+    migration = sim.submit(256 * MIB, Priority.MIGRATION)
+    prefetch = sim.submit(256 * MIB, Priority.PREFETCH)
+    sim.run()
+    assert sim.took[prefetch] < 0.6 * sim.took[migration]
+    assert sim.took[migration] < 1.2 * 512 * MIB / (10 * GB)
+
+
+def test_a_huge_transfer_does_not_starve_a_small_one() -> None:
+    sim = Simulation()
+    sim.rail("a", 10 * GB)
+    huge = sim.submit(4 * GIB)
+    sim.run(until=0.05)
+    small = sim.submit(4 * MIB)
+    sim.run()
+    assert sim.took[small] < 0.05 * sim.took[huge]
+
+
+def test_a_rail_that_hangs_is_abandoned() -> None:
+    sim = Simulation()
+    sim.rail("a", 10 * GB)
+    sim.rail("b", 10 * GB)
+    transfer = sim.submit(GIB)
+
+    def hang() -> None:
+        sim.rails["a"].stuck = True
+        sim.rails["a"].life += 1
+
+    sim.at(0.02, hang)
+    sim.run(until=2.9)
+    assert transfer not in sim.ended
+    sim.run(until=3.2)
+    assert sim.abandoned == ["a"]
+    assert sim.ok(transfer)
+
+
+def test_a_rail_slower_than_anything_expected_is_given_time_after_the_first_mistake() -> None:
+    """100 kB/s: the first slice alone takes 10 s. Abandoned once, the rail gets slices that fit it."""
+    sim = Simulation()
+    sim.rail("a", 1e5)
+    sim.rails["a"].alive = True
+    transfer = sim.submit(2 * MIB)
+
+    def revive() -> None:
+        sim.rails["a"].alive = True
+
+    sim.at(3.1, revive)
+    sim.run(until=60)
+    assert sim.abandoned == ["a"]
+    assert sim.ok(transfer)
+
+
+def test_a_failed_write_whose_rail_goes_on_costs_the_rail() -> None:
+    sim = Simulation()
+    sim.rail("a", 10 * GB)
+    posted: list[Post] = []
+    sim.post = posted.append  # type: ignore[assignment,method-assign]
+    sim.submit(4 * KIB)
+    sim.do(sim.dispatcher.slice_ended(posted[0].slice, Failure("checksum", retry=True), sim.now))
+    sim.run(until=0.49)
+    assert not sim.abandoned
+    sim.run(until=0.51)
+    assert sim.abandoned == ["a"]
+
+
+def test_transfers_wait_for_the_first_rail_and_not_for_ever() -> None:
+    sim = Simulation()
+    first = sim.submit(MIB)
+    sim.run(until=5)
+    sim.rail("a", 10 * GB)
+    sim.run(until=6)
+    assert sim.ok(first)
+
+    sim.kill("a")
+    second = sim.submit(MIB)
+    sim.run(until=15.9)
+    assert second not in sim.ended
+    sim.run(until=16.1)
+    error = sim.ended[second].error
+    assert error is not None
+    assert "no rail for 10 s" in error
+    assert "a is cooling (cable still pulled)" in error
+
+
+def test_deadlines() -> None:
+    sim = Simulation()
+    sim.rail("a", 1 * GB)
+    late = sim.submit(GIB, deadline=0.5)
+    in_time = sim.submit(MIB, deadline=0.5)
+    over = sim.submit(MIB, deadline=0.0)
+    sim.run()
+    assert "deadline" in (sim.ended[late].error or "")
+    assert 0 < sim.ended[late].nbytes < GIB
+    assert sim.took[late] == pytest.approx(0.5, abs=0.01)
+    assert sim.ok(in_time)
+    assert "deadline" in (sim.ended[over].error or "")
+
+
+def test_a_link_that_is_down_ends_everything_at_once() -> None:
+    sim = Simulation()
+    sim.rail("a", 1 * GB)
+    running, waiting = sim.submit(GIB), sim.submit(GIB, Priority.MIGRATION)
+    sim.do(sim.dispatcher.link_down("the peer died", 0.0))
+    assert {sim.ended[running].error, sim.ended[waiting].error} == {"the peer died"}
+    assert sim.ended[sim.submit(4 * KIB)].error == "the peer died"
+    sim.run()
+
+
+def test_nothing_to_copy_ends_at_once_and_numbers_are_unique() -> None:
+    sim = Simulation()
+    nothing = np.zeros(0, np.uint64)
+    done = sim.dispatcher.submit(1, 1, CopyPlan(nothing, nothing, nothing), Priority.FOREGROUND, None, 0.0)
+    assert done == [Finished(1, None, 0)]
+    one = np.ones(1, np.uint64)
+    sim.dispatcher.submit(2, 1, CopyPlan(one, one, one), Priority.FOREGROUND, None, 0.0)
+    with pytest.raises(ValueError, match="uniquely"):
+        sim.dispatcher.submit(2, 1, CopyPlan(one, one, one), Priority.FOREGROUND, None, 0.0)
+    assert sim.dispatcher.cancel(3, "unknown", 0.0) == []
+
+
+def test_memory_of_past_transfers_is_bounded() -> None:
+    sim = Simulation()
+    sim.rail("a", 10 * GB)
+    for _ in range(1000):
+        sim.submit(4 * KIB, deadline=1e6)
+        sim.run(until=sim.now + 1e-4)
+    assert len(sim.ended) == 1000
+    assert len(sim.dispatcher._deadlines) < 100
