@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 
 from mooncake_connector.errors import TransportError
+from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.transport import (
     PATHS,
     Failure,
     Receiver,
     SourceIdentity,
     identity,
+    stream,
     wire,
 )
+from mooncake_connector.kv_transfer.transport.checksum import xxh3
 from mooncake_connector.kv_transfer.transport.link import StreamLink
 from mooncake_connector.kv_transfer.transport.stream import MAX_QUEUED
 from tests.unit.transport_peer import (
@@ -317,6 +320,55 @@ def test_a_peer_can_not_have_another_process_read() -> None:
     assert not memory.any()
     victim.end()
     receiver.close()
+
+
+# ---------------------------------------------------------------------- checksums
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_checksums_of_scattered_writes_match(path: str) -> None:
+    world = World(1, (path,), checksum=True)
+    order = np.random.default_rng(4).permutation(NBYTES // 1000) * 1000
+    src = world.source.ctypes.data + order
+    dst = world.memory.ctypes.data + np.roll(order, 7)
+    assert world.watched.write(KEY, CopyPlan.of(src, dst, np.full(order.size, 1000))) is None
+    assert world.write(f"{path}-0", nbytes=0).wait() is None
+    assert world.receiver.mismatches == 0
+    world.close()
+
+
+def test_bytes_that_are_not_those_sent_are_not_acknowledged() -> None:
+    receiver = Receiver()
+    memory, source = np.zeros(8192, np.uint8), random_bytes(8192, 2)
+    receiver.grant(KEY, "p", span(memory.ctypes.data, 8192))
+    raw = Raw(receiver.admit("p"))
+    here, there = np.array([source.ctypes.data]), np.array([8192])
+    checksum = xxh3(here.astype(np.uint64), there.astype(np.uint64))
+    plan = copy(source.ctypes.data, memory.ctypes.data, 8192)
+    raw.send(KEY, 1, plan, source.tobytes(), wire.LAST | wire.CHECKED, checksum)
+    assert raw.reply() == (1, wire.LANDED, b"")
+    source[4711] ^= 1
+    raw.send(KEY, 2, plan, source.tobytes(), wire.LAST | wire.CHECKED, checksum)
+    number, status, said = raw.reply()
+    assert (number, status) == (2, wire.FAILED)
+    assert b"checksum mismatch" in said
+    assert receiver.mismatches == 1
+    assert receiver.revoke(KEY).writes == 1
+    receiver.close()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_mismatch_fails_the_write_and_may_be_tried_again(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(1, (path,), checksum=True)
+    monkeypatch.setattr(stream, "xxh3", lambda address, length: 1)
+    failure = world.write(f"{path}-0").wait()
+    assert failure.retry
+    assert "checksum mismatch" in failure.reason
+    monkeypatch.undo()
+    assert world.write(f"{path}-0").wait() is None
+    world.close()
 
 
 # ---------------------------------------------------------------------- questions

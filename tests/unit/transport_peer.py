@@ -120,8 +120,8 @@ class Raw:
         wire.put(self.sock, msgspec.structs.replace(hello, **fields))
         self.welcome = wire.get(self.sock, wire.Welcome)
 
-    def send(self, key: int, number: int, plan: CopyPlan, payload: bytes) -> None:
-        self.sock.sendall(wire.frame_head(wire.PAYLOAD, key, number, plan) + payload)
+    def send(self, key: int, number: int, plan: CopyPlan, payload: bytes, *head: int) -> None:
+        self.sock.sendall(wire.frame_head(wire.PAYLOAD, key, number, plan, *head) + payload)
 
     def reply(self) -> tuple[int, int, bytes]:
         """Number, status and what the target said."""

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from mooncake_connector.errors import TransportError
 from mooncake_connector.kv_transfer.transport import wire
-from mooncake_connector.kv_transfer.transport.grants import GrantTable
+from mooncake_connector.kv_transfer.transport.checksum import xxh3
+from mooncake_connector.kv_transfer.transport.grants import Grant, GrantTable
 from mooncake_connector.kv_transfer.transport.process_vm import Source
 from mooncake_connector.kv_transfer.transport.tcp import Inbox
 
@@ -16,6 +17,7 @@ class Inlet:
 
     Args:
         answer: ``answer(inlet, topic, body)`` for a question.
+        on_mismatch: called when bytes landed that are not those sent.
 
     Attributes:
         source: the initiator's memory, if that can be read by process_vm.
@@ -28,10 +30,12 @@ class Inlet:
         peer: str,
         grants: GrantTable,
         answer: Callable[["Inlet", str, bytes], bytes],
+        on_mismatch: Callable[[], None],
     ) -> None:
         self.index, self.incarnation = hello.index, hello.incarnation
         self.source: Source | None = None
-        self._sock, self._peer, self._grants, self._answer = sock, peer, grants, answer
+        self._sock, self._peer, self._grants = sock, peer, grants
+        self._answer, self._on_mismatch = answer, on_mismatch
         self._inbox = Inbox(sock)
         self._landing = threading.Lock()
         self._closed = False
@@ -76,6 +80,22 @@ class Inlet:
             return wire.REFUSED, str(refused).encode()
         return wire.LANDED, answer
 
+    def _compared(self, frame: wire.Frame, grant: Grant) -> tuple[int, str]:
+        """Whether what has landed is what was sent."""
+        if not grant.enter():  # others may write there by now
+            return wire.REFUSED, f"key {frame.key} was revoked"
+        try:
+            found = xxh3(frame.dst, frame.length)
+        finally:
+            grant.leave(0)
+        if found == frame.checksum:
+            return wire.LANDED, ""
+        self._on_mismatch()
+        return wire.FAILED, (
+            f"checksum mismatch: {frame.nbytes} bytes of {self._peer} landed as {found:016x}, "
+            f"sent as {frame.checksum:016x}"
+        )
+
     def _land(self, frame: wire.Frame) -> tuple[int, str, str | None]:
         """Land a frame: status, reason, and what makes the peer one that has to be cut off."""
         if frame.number != self._write:
@@ -91,6 +111,8 @@ class Inlet:
                     status, reason = self.source.land(frame, grant)
                 else:
                     status, reason = wire.UNREADABLE, "process_vm: the peer named no process of this host"
+                if status == wire.LANDED and frame.flags & wire.CHECKED:
+                    status, reason = self._compared(frame, grant)
                 self._whole &= status == wire.LANDED
                 if self._whole and frame.flags & wire.LAST:
                     grant.write_landed()

@@ -59,6 +59,7 @@ class StreamLink:
         connections: TCP connections, each served by a thread at the target.
         paths: of `PATHS`, those wanted; without any the connections serve for questions only.
         source: whose memory process_vm reads; this process's if None.
+        checksum: have the target compare a checksum of each frame with what has landed, before it says so.
 
     Raises:
         TransportError: `connections` is out of range, or a path is not of a stream.
@@ -80,7 +81,7 @@ class StreamLink:
         if not set(paths) <= set(PATHS):
             raise TransportError(f"paths={paths}: a stream carries {', '.join(PATHS)}")
         self._endpoint, self._name, self._events = endpoint, name, events
-        self._paths = paths
+        self._paths, self._checksum = paths, checksum
         self._hello = wire.Hello(
             version=wire.VERSION,
             token=endpoint.token,
@@ -170,7 +171,8 @@ class StreamLink:
 
     def _made(self, index: int, incarnation: int) -> Stream:
         hello = msgspec.structs.replace(self._hello, index=index, incarnation=incarnation)
-        return Stream(self, hello, self._endpoint, self._paths, f"{self._name}-{index}")
+        name = f"{self._name}-{index}"
+        return Stream(self, hello, self._endpoint, self._paths, self._checksum, name)
 
     def _up(self, stream: Stream) -> None:
         slot = self._slots[stream.index]

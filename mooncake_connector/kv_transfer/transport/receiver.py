@@ -87,6 +87,7 @@ class Receiver:
         self._links: dict[str, _Inlink] = {}
         self._handlers: dict[str, Callable[[str, bytes], bytes]] = {}
         self._strangers: set[socket.socket] = set()
+        self._mismatches = 0
         self._closed = False
         try:
             self._listener = _listen(host, port)
@@ -153,6 +154,15 @@ class Receiver:
             wire.hang_up(sock)
         for link in links:
             self._end(link, "closed", tell=False)
+
+    @property
+    def mismatches(self) -> int:
+        """Frames whose checksum was not that of what landed."""
+        return self._mismatches
+
+    def _mismatched(self) -> None:
+        with self._lock:
+            self._mismatches += 1
 
     def _accept(self) -> None:
         with self._listener:
@@ -224,7 +234,7 @@ class Receiver:
                 raise TransportError("the token is good for one link only: ask for a new endpoint")
             link.hello = first
             inlet = link.inlets[index] = Inlet(
-                sock, hello, link.peer, self._grants, partial(self._answer, link)
+                sock, hello, link.peer, self._grants, partial(self._answer, link), self._mismatched
             )
             self._strangers.discard(sock)
         if earlier is not None:

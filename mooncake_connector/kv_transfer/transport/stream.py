@@ -18,6 +18,7 @@ from mooncake_connector.errors import TransportError
 from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.transport import wire
 from mooncake_connector.kv_transfer.transport.base import Endpoint, Failure
+from mooncake_connector.kv_transfer.transport.checksum import xxh3
 from mooncake_connector.kv_transfer.transport.syscalls import MSG_DONTWAIT, Scatter, send
 
 PATHS = ("process_vm", "tcp")
@@ -87,16 +88,30 @@ class _Write:
 
 
 class _Frame:
-    """A frame of a write: its head and, on the tcp path, the source's memory behind it."""
+    """A frame of a write. It is put together when its turn comes, by the thread that sends it."""
 
-    __slots__ = ("_head", "data", "number", "write")
+    __slots__ = ("_checked", "_flags", "_head", "_key", "_plan", "data", "nbytes", "number", "write")
 
-    def __init__(self, write: _Write, key: int, number: int, plan: CopyPlan, flags: int) -> None:
-        self.write, self.number = write, number
-        by_reference = write.rail.path == "process_vm"
-        kind = wire.REFERENCE if by_reference else wire.PAYLOAD
-        self._head = np.frombuffer(wire.frame_head(kind, key, number, plan, flags), np.uint8)
-        self.data = _behind(self._head, None if by_reference else plan)
+    def __init__(
+        self, write: _Write, key: int, number: int, plan: CopyPlan, flags: int, checked: bool
+    ) -> None:
+        self.write, self.number, self.nbytes = write, number, plan.nbytes
+        self._key, self._plan, self._flags, self._checked = key, plan, flags, checked
+        self.data: Scatter | None = None
+
+    def begin(self) -> Scatter:
+        """Its head and, on the tcp path, the source's memory behind it."""
+        if self.data is None:
+            plan, flags, checksum = self._plan, self._flags, 0
+            if self._checked:
+                flags, checksum = flags | wire.CHECKED, xxh3(plan.src, plan.length)
+            by_reference = self.write.rail.path == "process_vm"
+            kind = wire.REFERENCE if by_reference else wire.PAYLOAD
+            self._head = np.frombuffer(
+                wire.frame_head(kind, self._key, self.number, plan, flags, checksum), np.uint8
+            )
+            self.data = _behind(self._head, None if by_reference else plan)
+        return self.data
 
     def answered(self, status: int, said: bytes) -> None:
         write = self.write
@@ -114,13 +129,16 @@ class _Frame:
 class _Question:
     """A question: sent like a frame, answered in its turn."""
 
-    __slots__ = ("_head", "_on_answer", "data", "number")
+    __slots__ = ("_head", "_on_answer", "data", "nbytes", "number")
 
     def __init__(self, number: int, topic: str, body: bytes, on_answer: OnAnswer) -> None:
-        self.number = number
+        self.number, self.nbytes = number, len(body)
         self._head = np.frombuffer(wire.question(number, topic, body), np.uint8)
         self.data = _behind(self._head, None)
         self._on_answer: OnAnswer | None = on_answer
+
+    def begin(self) -> Scatter:
+        return self.data
 
     def answered(self, status: int, said: bytes) -> None:
         failed = status != wire.LANDED
@@ -148,12 +166,13 @@ class Stream:
         hello: wire.Hello,
         endpoint: Endpoint,
         paths: tuple[str, ...],
+        checksum: bool,
         name: str,
     ) -> None:
         self.index, self.incarnation = hello.index, hello.incarnation
         self.rails = {path: StreamRail(self, path) for path in paths}
         self.sock: socket.socket | None = None
-        self._owner, self._endpoint = owner, endpoint
+        self._owner, self._endpoint, self._checksum = owner, endpoint, checksum
         # The target believes that this process is at the other end once it has read its challenge from here.
         self._proof = np.zeros(_CHALLENGE_BYTES, np.uint8)
         self._hello = msgspec.structs.replace(hello, challenge_address=self._proof.ctypes.data)
@@ -175,8 +194,11 @@ class Stream:
         """Enqueue a write, see `Rail.write`."""
         pieces = list(plan.split(wire.MAX_FRAME_BYTES, wire.MAX_FRAME_RANGES))
         write, number = _Write(rail, on_done, len(pieces)), next(self._numbers)
-        frames = [_Frame(write, key, number, piece, 0) for piece in pieces[:-1]]
-        frames.append(_Frame(write, key, number, pieces[-1], wire.LAST))
+        last = len(pieces) - 1
+        frames = [
+            _Frame(write, key, number, piece, wire.LAST * (at == last), self._checksum)
+            for at, piece in enumerate(pieces)
+        ]
         with self._changed:
             reason = rail.down or self._full(len(frames))
             now = reason is None and self._offer(frames)
@@ -304,7 +326,7 @@ class Stream:
     def _offer(self, frames: Sequence[_Frame | _Question]) -> bool:
         """Put frames into the queue: whether the caller is to send the first, by `_send_now`."""
         self._todo.extend(frames)
-        if self._busy or len(self._todo) > 1 or frames[0].data.left > INLINE_BYTES:
+        if self._busy or len(self._todo) > 1 or frames[0].nbytes > INLINE_BYTES:
             self._changed.notify()
             return False
         self._busy = True
@@ -313,12 +335,14 @@ class Stream:
     def _send_now(self) -> None:
         """Send the first frame of the queue as far as that takes no waiting, the rest is for the thread."""
         entry = self._next()
+        data = None
         if entry is not None:
+            data = entry.begin()
             with contextlib.suppress(OSError):  # the thread will meet it again, and knows what to do
-                self._push(entry, MSG_DONTWAIT)
+                self._push(data, MSG_DONTWAIT)
         with self._changed:
             self._busy = False
-            if entry is not None and entry.data.left:
+            if entry is not None and data is not None and data.left:
                 self._todo.appendleft(entry)
             if self._todo or self._down is not None:
                 self._changed.notify()
@@ -333,9 +357,9 @@ class Stream:
                 self._sent.append(entry)
             return entry
 
-    def _push(self, entry: _Frame | _Question, flags: int) -> None:
+    def _push(self, data: Scatter, flags: int) -> None:
         assert self.sock is not None
-        entry.data.advance(send(self.sock.fileno(), entry.data, flags))
+        data.advance(send(self.sock.fileno(), data, flags))
 
     def _run(self) -> None:
         """The stream's thread: connects, then sends until the end."""
@@ -350,8 +374,9 @@ class Stream:
                     self._busy = True
                 if (entry := self._next()) is None:
                     return
-                while entry.data.left:
-                    self._push(entry, 0)
+                data = entry.begin()
+                while data.left:
+                    self._push(data, 0)
         except (OSError, EOFError, TransportError) as broken:
             reason = str(broken)
         finally:
