@@ -56,7 +56,8 @@ class QueuePair:
         try:
             self._channel, self._fd = verbs.event_fd(lambda: self._kept(verbs.CompChannel(nic.context)))
             self._cq = self._kept(verbs.CQ(nic.context, depth + receives + 1, None, self._channel, 0))
-            self._cq.req_notify()
+            if self._fd is not None:
+                self._cq.req_notify()
             cap = verbs.QPCap(
                 max_send_wr=depth or 1,
                 max_recv_wr=receives,
@@ -119,12 +120,13 @@ class QueuePair:
         with self._lock:
             if not self._open:
                 return ()
-            try:
-                self._channel.get_cq_event(self._cq)
-                self._cq.ack_events(1)
-            except verbs.PyverbsError:
-                pass  # woken in vain, or polled without descriptor
-            self._cq.req_notify()
+            if self._fd is not None:
+                try:
+                    self._channel.get_cq_event(self._cq)
+                    self._cq.ack_events(1)
+                except verbs.PyverbsError:
+                    pass  # woken in vain
+                self._cq.req_notify()
             return self._poll()
 
     def failed(self) -> bool:

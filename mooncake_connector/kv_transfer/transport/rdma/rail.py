@@ -94,9 +94,10 @@ class RdmaRail:
         self._waiting: deque[_Chain] = deque()
         self._posted: deque[_Chain] = deque()
         self._writes = 0
-        self._room = self._depth = min(DEPTH, nic.max_depth)
+        self._room = min(DEPTH, nic.max_depth)
+        self._chain = min(CHAIN, self._room)
         self._down: str | None = None
-        self._pair = QueuePair(nic, self._depth, self._on_ready)
+        self._pair = QueuePair(nic, self._room, self._on_ready)
 
     @property
     def card(self) -> PairCard:
@@ -141,20 +142,19 @@ class RdmaRail:
         self._writes = (self._writes + 1) & 0xFFFFFFFF
         write = _Write(self._writes, requests, on_done)
         wrs = requests.wrs
+        n = wrs.size
         first_id = write.number << 32
         wrs["wr_id"] += np.uint64(first_id)
-        size = min(CHAIN, self._depth)
-        ends = [*range(size, wrs.size, size), wrs.size]
-        last = np.array(ends) - 1
-        wrs["next"][last] = 0
-        wrs["flags"][last] = SIGNALED
+        next_, flags = wrs["next"], wrs["flags"]
         wrs["opcode"][-1] = WRITE_WITH_IMM
         wrs["imm"][-1] = write.number
-        starts = [0, *ends[:-1]]
-        return [
-            _Chain(write, wrs[start:end], first_id + end - 1, end == wrs.size)
-            for start, end in zip(starts, ends, strict=True)
-        ]
+        chains = []
+        for start in range(0, n, self._chain):
+            end = min(start + self._chain, n)
+            next_[end - 1] = 0
+            flags[end - 1] = SIGNALED
+            chains.append(_Chain(write, wrs[start:end], first_id + end - 1, end == n))
+        return chains
 
     def _post(self) -> str | None:
         """Post what fits; why the queue pair failed, if it did."""

@@ -30,6 +30,10 @@ try:
 except ImportError as missing:
     _import_error = missing
 
+    class PyverbsError(Exception):  # type: ignore[no-redef]
+        """For ``except`` clauses."""
+
+
 __all__ = [
     "CQ",
     "GID",

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mooncake_connector.errors import TransportError
-from mooncake_connector.kv_transfer.memory import U64Array
 from mooncake_connector.kv_transfer.plan import CopyPlan
 
 WR_BYTES, SGE_BYTES = 128, 16
@@ -46,45 +45,44 @@ class OutsideError(TransportError):
 class Keys(msgspec.Struct, frozen=True, eq=False):
     """One side's registered regions as one NIC knows them, disjoint and ascending.
 
+    Row 0 is an empty region at address 0, so that every address has a row at or below it.
+
     Attributes:
-        start: uint64 [n], first byte of each region.
-        end: uint64 [n], one past the last byte.
-        base: uint64 [n], what the NIC calls `start`: the address itself, or for a dma-buf an offset into it.
-        key: uint32 [n], lkey or rkey.
+        start: int64 [1 + n], first byte of each region.
+        end: int64 [1 + n], one past the last byte.
+        shift: int64 [1 + n], from an address to what the NIC calls it: 0, or for a dma-buf down to an offset.
+        key: uint32 [1 + n], lkey or rkey.
         owner: for messages.
     """
 
-    start: U64Array
-    end: U64Array
-    base: U64Array
+    start: NDArray[np.int64]
+    end: NDArray[np.int64]
+    shift: NDArray[np.int64]
     key: NDArray[np.uint32]
     owner: str
 
     @classmethod
     def of(cls, rows: Sequence[tuple[int, int, int, int]], owner: str = "this process") -> Self:
-        """From rows (start, length, base, key) in any order."""
-        table = np.array(sorted(rows), np.uint64).reshape(-1, 4)
-        return cls(table[:, 0], table[:, 0] + table[:, 1], table[:, 2], table[:, 3].astype(np.uint32), owner)
+        """From rows (first byte, length, what the NIC calls the first byte, key) in any order."""
+        start, length, base, key = np.array([(0, 0, 0, 0), *sorted(rows)], np.int64).T
+        return cls(start, start + length, base - start, key.astype(np.uint32), owner)
 
-    def find(self, address: U64Array) -> NDArray[np.intp]:
-        """Index [n] of the region that each address [n] is in.
+    def row(self, address: NDArray[np.int64]) -> NDArray[np.intp]:
+        """Row [n] of the region that begins at or below each address [n]; it may end before."""
+        return self.start.searchsorted(address, side="right") - 1
 
-        Raises:
-            OutsideError: One is in none.
-        """
-        if not self.start.size:
-            raise OutsideError(int(address[0]), self)
-        at = np.searchsorted(self.start, address, side="right") - 1
-        inside = (at >= 0) & (address < self.end[at])
-        if not inside.all():
-            raise OutsideError(int(address[~inside][0]), self)
-        return at
+    def require(self, address: NDArray[np.int64]) -> None:
+        """Raises OutsideError if an address [n] is in no region."""
+        outside = address >= self.end[self.row(address)]
+        if outside.any():
+            raise OutsideError(int(address[outside][0]), self)
 
     def region_at(self, named: int) -> str:
         """For messages: an address as the NIC names it, and the region that it belongs to."""
-        for start, end, base in zip(self.start.tolist(), self.end.tolist(), self.base.tolist(), strict=True):
-            if base <= named < base + end - start:
-                return f"{named - base + start:#x} of region {start:#x}..{end:#x}"
+        rows = zip(self.start.tolist(), self.end.tolist(), self.shift.tolist(), strict=True)
+        for start, end, shift in rows:
+            if start <= named - shift < end:
+                return f"{named - shift:#x} of region {start:#x}..{end:#x}"
         return f"{named:#x}"
 
 
@@ -109,66 +107,71 @@ def work_requests(plan: CopyPlan, local: Keys, remote: Keys, *, max_sge: int, ma
     Raises:
         OutsideError: A range leaves the registered memory of either side.
     """
-    src, dst, length = plan.src, plan.dst, plan.length
-    if not length.size:  # a WRITE of no bytes names no memory
+    if not plan.length.size:  # a WRITE of no bytes names no memory
         return _linked(np.zeros(1, WR_DTYPE), np.zeros(0, SGE_DTYPE))
+    # Addresses of processes fit int64, in which running past an end shows as a negative difference.
+    src, dst, length = plan.src.view(np.int64), plan.dst.view(np.int64), plan.length.view(np.int64)
     while True:
-        here, there = local.find(src), remote.find(dst)
-        room = np.minimum(np.minimum(local.end[here] - src, remote.end[there] - dst), np.uint64(max_bytes))
-        long = length > room
-        if not long.any():
+        here, there = local.row(src), remote.row(dst)
+        room = np.minimum(local.end[here] - src, remote.end[there] - dst)
+        if (room - length).min() >= 0 and length.max() <= max_bytes:
             break
-        src, dst, length = _cut(src, dst, length, room, long)
+        local.require(src)
+        remote.require(dst)
+        src, dst, length = _cut(src, dst, length, np.minimum(room, max_bytes))
     sges = np.empty(length.size, SGE_DTYPE)
-    sges["addr"] = src - local.start[here] + local.base[here]
+    sges["addr"] = src + local.shift[here]
     sges["length"] = length
     sges["lkey"] = local.key[here]
-    heads = _gather(dst, length, there, max_sge, max_bytes)
-    if heads.size < length.size:
+    heads = _gather(dst, length, there, max_sge, max_bytes) if length.size > 1 else None
+    if heads is None:
+        wrs = np.zeros(length.size, WR_DTYPE)
+        wrs["num_sge"] = 1
+        wrs["sg_list"] = np.arange(0, length.size * SGE_BYTES, SGE_BYTES)
+    else:
         dst, there = dst[heads], there[heads]
-    wrs = np.zeros(heads.size, WR_DTYPE)
-    wrs["remote_addr"] = dst - remote.start[there] + remote.base[there]
+        wrs = np.zeros(heads.size, WR_DTYPE)
+        wrs["num_sge"] = np.diff(heads, append=length.size)
+        wrs["sg_list"] = heads * SGE_BYTES
+    wrs["remote_addr"] = dst + remote.shift[there]
     wrs["rkey"] = remote.key[there]
-    wrs["num_sge"][:-1] = heads[1:] - heads[:-1]
-    wrs["num_sge"][-1] = length.size - heads[-1]
-    wrs["sg_list"] = heads * SGE_BYTES
     return _linked(wrs, sges)
 
 
 def _linked(wrs: NDArray[Any], sges: NDArray[Any]) -> WorkRequests:
     """Turn offsets into addresses and chain the requests."""
-    order = np.arange(wrs.size, dtype=np.uint64)
+    order = np.arange(wrs.size)
     wrs["wr_id"] = order
     wrs["sg_list"] += np.uint64(sges.ctypes.data)
-    wrs["next"] = order * np.uint64(WR_BYTES) + np.uint64(wrs.ctypes.data + WR_BYTES)
+    wrs["next"] = order * WR_BYTES + (wrs.ctypes.data + WR_BYTES)
     wrs["next"][-1] = 0
     return WorkRequests(wrs, sges)
 
 
 def _cut(
-    src: U64Array, dst: U64Array, length: U64Array, room: U64Array, long: NDArray[np.bool_]
-) -> tuple[U64Array, U64Array, U64Array]:
-    """Split each range that is `long` in two, the first as large as there is room."""
-    of = np.repeat(np.arange(length.size), 1 + long)
+    src: NDArray[np.int64], dst: NDArray[np.int64], length: NDArray[np.int64], room: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Split each range that is longer than there is room in two, the first as large as there is."""
+    of = np.repeat(np.arange(length.size), 1 + (length > room))
     rest = np.zeros(of.size, bool)
     rest[1:] = of[1:] == of[:-1]
-    skip = np.where(rest, room[of], np.uint64(0))
-    return src[of] + skip, dst[of] + skip, np.where(rest | ~long[of], length[of] - skip, room[of])
+    first = np.minimum(length, room)[of]
+    skip = np.where(rest, first, 0)
+    return src[of] + skip, dst[of] + skip, np.where(rest, length[of] - first, first)
 
 
 def _gather(
-    dst: U64Array, length: U64Array, there: NDArray[np.intp], max_sge: int, max_bytes: int
-) -> NDArray[np.intp]:
-    """Index of the first range of each WRITE."""
-    n = length.size
-    everyone = np.arange(n)
+    dst: NDArray[np.int64], length: NDArray[np.int64], there: NDArray[np.intp], max_sge: int, max_bytes: int
+) -> NDArray[np.intp] | None:
+    """Index of the first range of each WRITE; None if each range is one."""
     joined = (dst[1:] == dst[:-1] + length[:-1]) & (there[1:] == there[:-1])
     if max_sge == 1 or not joined.any():
-        return everyone
-    first = np.ones(n, bool)
+        return None
+    everyone = np.arange(length.size)
+    first = np.ones(length.size, bool)
     np.logical_not(joined, out=first[1:])
     run = np.maximum.accumulate(np.where(first, everyone, 0))
     heads = np.flatnonzero((everyone - run) % max_sge == 0)
     if np.add.reduceat(length, heads).max() > max_bytes:
-        return everyone  # ranges this large gain nothing by sharing
+        return None  # ranges this large gain nothing by sharing
     return heads
