@@ -18,8 +18,8 @@ from mooncake_connector.kv_transfer.transport.rdma.nic import RdmaNic
 from mooncake_connector.kv_transfer.transport.rdma.rail import RdmaRail
 from mooncake_connector.kv_transfer.transport.rdma.wr import Keys
 
-ASK_TRIES = 16
-"""So many streams may break under one question; the end of the last one ends the link anyway."""
+LONGEST_WAIT_S = 2.0
+"""Between two tries of a question whose stream broke; the link's last stream ends them all."""
 
 _NOTHING = np.zeros(0, np.uint64)
 _PROBE = CopyPlan(_NOTHING, _NOTHING, _NOTHING)
@@ -125,7 +125,7 @@ class RdmaRails:
             return tuple(Mark(s.number, s.rail.completed) for s in slots if s.rail is not None)
 
     def close(self) -> None:
-        """Destroy all rails; writes not yet landed end as failures. No event follows."""
+        """Destroy all rails; writes not yet landed fail, no event follows. Also for a link that went down."""
         with self._lock:
             self._closed = True
             rails = [slot.rail for slot in self._slots.values() if slot.rail is not None]
@@ -257,15 +257,19 @@ class RdmaRails:
         self._insist(cards.FENCE, cards.encode(cards.Fence(self._token, number)), answered)
 
     def _insist(
-        self, topic: str, body: bytes, on_answer: Callable[[bytes | Failure], None], tries: int = ASK_TRIES
+        self, topic: str, body: bytes, on_answer: Callable[[bytes | Failure], None], wait: float = 0.02
     ) -> None:
-        """Ask, and ask again if the stream breaks that carried the question."""
+        """Ask, and ask again for as long as it is only the streams that fail; `wait` before that [s]."""
 
         def answered(answer: bytes | Failure) -> None:
-            if isinstance(answer, Failure) and answer.retry and tries > 1 and not self._closed:
-                self._insist(topic, body, on_answer, tries - 1)
-            else:
+            if not isinstance(answer, Failure) or not answer.retry or self._closed:
                 on_answer(answer)
+                return
+            again = threading.Timer(
+                wait, self._insist, (topic, body, on_answer, min(2 * wait, LONGEST_WAIT_S))
+            )
+            again.daemon = True
+            again.start()
 
         self._ask(topic, body, answered)
 

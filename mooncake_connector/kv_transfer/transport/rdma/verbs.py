@@ -131,17 +131,18 @@ def no_device_problem(in_kernel: list[str]) -> str:
 def event_fd(make: Callable[[], T]) -> tuple[T, int | None]:
     """What `make` makes, and the descriptor of the event channel that this opened.
 
-    pyverbs 44 shows neither a completion channel's descriptor nor any version a context's, so it is told from
-    the process's other descriptors by having appeared. None if it can't be told: another library made one
-    at the same moment.
+    pyverbs 44 does not show a completion channel's, no version shows a context's: it is then the one that
+    appeared. None if that can't be told, as another library made one at the same moment.
     """
     with _making:
         before = _event_fds()
         made = make()
         new = _event_fds() - before
-    if len(new) != 1:
-        return made, None
-    fd = new.pop()
+    fd: int | None = getattr(made, "fd", None)
+    if fd is None:
+        if len(new) != 1:
+            return made, None
+        fd = new.pop()
     # Reading an event holds the GIL, so it must never wait.
     os.set_blocking(fd, False)
     return made, fd
