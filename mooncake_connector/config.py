@@ -1,4 +1,4 @@
-"""The connector's settings, from ``kv_connector_extra_config`` and ``MOONCAKE_*`` variables.
+"""Settings of the transfer engine and the connector, from ``kv_connector_extra_config`` and ``MOONCAKE_*`` variables.
 
 The environment overrides the configuration, so that one container can be pinned without editing a shared
 manifest.
@@ -6,7 +6,7 @@ manifest.
 
 import os
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import msgspec
 
@@ -14,19 +14,58 @@ from mooncake_connector.errors import ConfigError
 
 ENV_PREFIX = "MOONCAKE_"
 
-Path = Literal["auto", "process_vm", "tcp"]
+PATHS = ("process_vm", "rdma", "tcp")
+"""Ways for the bytes, the preferred first."""
 
 
-class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Settings of one engine's connector.
+class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Settings of one transfer engine.
+
+    Attributes:
+        path: ``auto`` takes every way that both sides have, the preferred first: process_vm on one host, rdma
+            where both have a NIC, tcp always. A name, or several with commas, in order of preference, takes
+            only these.
+        connections: TCP connections per peer; writes are striped over them.
+        checksum: verify every slice that comes by tcp or process_vm at the target.
+        rdma_devices: names or patterns of the NICs to use, with commas (``mlx5_*``); empty: all.
+        rdma_gid_index: of the GID table; -1 chooses (RoCE v2 over IPv4 preferred).
+        rdma_qps: queue pairs per pair of NICs.
+        topology: JSON file of preferred and secondary NICs per memory location; empty: by distance.
+    """
+
+    path: str = "auto"
+    connections: int = 2
+    checksum: bool = False
+    rdma_devices: str = ""
+    rdma_gid_index: int = -1
+    rdma_qps: int = 2
+    topology: str = ""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.connections <= 16:
+            raise ConfigError(f"connections must be 1 to 16, got {self.connections}")
+        if not 1 <= self.rdma_qps <= 16:
+            raise ConfigError(f"rdma_qps must be 1 to 16, got {self.rdma_qps}")
+        unknown = [name for name in self.paths if name not in PATHS]
+        if unknown or not self.paths or len(set(self.paths)) < len(self.paths):
+            raise ConfigError(
+                f"path={self.path!r}: choose auto, or some of {', '.join(PATHS)} with commas between them"
+            )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The ways to take, the preferred first."""
+        return PATHS if self.path == "auto" else tuple(name.strip() for name in self.path.split(","))
+
+
+class ConnectorConfig(TransferConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Settings of one engine's connector, those of its transfer engine included.
 
     Attributes:
         side_channel_host: address the control and data sockets bind to and are announced with. The default
             serves engines of one host; across hosts give an address that the peers can reach.
         side_channel_port: 0 binds ephemeral ports, which the probe announces. Otherwise rank r's control
             socket binds ``port + 2r`` and its data socket ``port + 2r + 1``.
-        path: ``auto`` takes process_vm where a trial read works and tcp elsewhere; a name forces it.
-        connections: data connections per peer; writes are striped over them.
         lease_s: how long prefill keeps a finished request's KV for a decode side it does not hear from [s].
         heartbeat_s: how often decode renews the leases it lives on [s].
         peer_timeout_s: a peer that owes an answer and stays silent this long is given up [s].
@@ -39,8 +78,6 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     side_channel_host: str = "127.0.0.1"
     side_channel_port: int = 0
-    path: Path = "auto"
-    connections: int = 2
     lease_s: float = 30.0
     heartbeat_s: float = 5.0
     peer_timeout_s: float = 12.0
@@ -50,6 +87,7 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     push_bytes: int = 1 << 20
 
     def __post_init__(self) -> None:
+        TransferConfig.__post_init__(self)
         if self.side_channel_host in ("", "*", "0.0.0.0", "::"):
             raise ConfigError(
                 f"side_channel_host={self.side_channel_host!r} is no address that peers could connect to: "
@@ -59,8 +97,6 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             raise ConfigError(
                 f"side_channel_port must be 0 (ephemeral) to 65000, got {self.side_channel_port}"
             )
-        if not 1 <= self.connections <= 16:
-            raise ConfigError(f"connections must be 1 to 16, got {self.connections}")
         if self.push_bytes < 0:
             raise ConfigError(f"push_bytes must be 0 (push every layer) or more, got {self.push_bytes}")
         for name in ("lease_s", "heartbeat_s", "peer_timeout_s", "load_timeout_s", "match_timeout_s"):
@@ -102,12 +138,12 @@ def load_connector_config(
 
 
 def _parse(name: str, raw: str, hint: Any) -> Any:
-    if hint is str or get_origin(hint) is Literal:
-        if get_args(hint) and raw not in get_args(hint):
-            raise ConfigError(
-                f"{ENV_PREFIX}{name.upper()}={raw!r}: choose one of {', '.join(get_args(hint))}"
-            )
+    if hint is str:
         return raw
+    if hint is bool:
+        if raw.lower() not in ("0", "1", "false", "true"):
+            raise ConfigError(f"{ENV_PREFIX}{name.upper()}={raw!r}: choose true or false")
+        return raw.lower() in ("1", "true")
     try:
         return hint(raw)
     except ValueError:

@@ -17,5 +17,9 @@ class TransportError(MooncakeError):
     """Bytes could not be moved: the link broke, or the target refused the write."""
 
 
+class TransferError(TransportError):
+    """A transfer ended before all its bytes had landed; nothing of it is under way any more."""
+
+
 class EngineStartError(MooncakeError):
     """An engine process did not come up; the message carries the end of its log."""

@@ -20,6 +20,7 @@ import zmq
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.errors import MooncakeError
 from mooncake_connector.kv_transfer.decode_end import DecodeEnd
+from mooncake_connector.kv_transfer.engine import TransferEngine
 from mooncake_connector.kv_transfer.layout import WorkerInfo
 from mooncake_connector.kv_transfer.memory import Ranges
 from mooncake_connector.kv_transfer.messages import (
@@ -33,19 +34,20 @@ from mooncake_connector.kv_transfer.messages import (
     Message,
     OpenLink,
 )
+from mooncake_connector.kv_transfer.outbound import Outbound
+from mooncake_connector.kv_transfer.paths import choose_paths
 from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.ports import LoadReport
 from mooncake_connector.kv_transfer.prefill_end import PrefillEnd
 from mooncake_connector.kv_transfer.push import Chunk
 from mooncake_connector.kv_transfer.side_channel import Client, Server
+from mooncake_connector.kv_transfer.transfer import Transfer
 from mooncake_connector.kv_transfer.transport import (
     Endpoint,
-    Link,
-    Receiver,
+    Mark,
     SourceIdentity,
     allow_reader,
     identity,
-    open_link,
     readable,
 )
 
@@ -74,29 +76,29 @@ class LayerClock:
 
 
 class _Prefill:
-    """`PrefillPorts` on real sockets and links."""
+    """`PrefillPorts` on real sockets and the transfer engine."""
 
     def __init__(self, agent: "WorkerAgent") -> None:
         self._agent = agent
-        self._links: dict[bytes, Link] = {}
+        self._links: dict[bytes, Outbound] = {}
+        self._writes: dict[int, set[Transfer]] = {}
 
     def send(self, peer: bytes, message: Message) -> None:
         self._agent.server.send(peer, message)
 
     def open_link(self, peer: bytes, name: str, offer: OpenLink) -> None:
         agent = self._agent
-
-        def down(reason: str) -> None:
-            agent.post(partial(self._down, peer, reason))
-
         try:
-            self._links[peer] = open_link(
-                offer.path, offer.endpoint, name=name, connections=offer.connections, on_down=down
+            self._links[peer] = agent.engine.open(
+                name,
+                offer.endpoint,
+                offer.paths,
+                connections=offer.connections,
+                on_up=lambda: agent.post(lambda now: agent.prefill.link_up(peer, now)),
+                on_down=lambda reason: agent.post(partial(self._down, peer, reason)),
             )
         except MooncakeError as e:
-            down(str(e))
-        else:
-            agent.post(lambda now: agent.prefill.link_up(peer, now))
+            agent.post(partial(self._down, peer, str(e)))
 
     def _down(self, peer: bytes, reason: str, now: float) -> None:
         self._links.pop(peer, None)
@@ -104,11 +106,25 @@ class _Prefill:
 
     def write(self, peer: bytes, key: int, op: int, plan: CopyPlan) -> None:
         agent = self._agent
+        transfer = self._links[peer].submit(key, plan)
+        self._writes.setdefault(key, set()).add(transfer)
 
-        def done(reason: str | None) -> None:
-            agent.post(lambda now: agent.prefill.write_ended(key, op, reason, now))
+        def ended(now: float) -> None:
+            writes = self._writes[key]
+            writes.discard(transfer)
+            if not writes:
+                del self._writes[key]
+            agent.prefill.write_ended(key, op, transfer.error, now)
 
-        self._links[peer].write(key, plan, done)
+        transfer.add_done_callback(lambda _: agent.post(ended))
+
+    def cancel(self, key: int) -> None:
+        for transfer in self._writes.get(key, ()):
+            transfer.cancel()
+
+    def marks(self, peer: bytes) -> tuple[Mark, ...]:
+        link = self._links.get(peer)
+        return link.marks() if link is not None else ()
 
     def close_link(self, peer: bytes) -> None:
         if (link := self._links.pop(peer, None)) is not None:
@@ -121,13 +137,9 @@ class _Prefill:
         self._agent.sent.put(request_id)
         self._agent.results_ready.set()
 
-    def close(self) -> None:
-        for peer in list(self._links):
-            self.close_link(peer)
-
 
 class _Decode:
-    """`DecodePorts` on real sockets and the receiver."""
+    """`DecodePorts` on real sockets and the transfer engine."""
 
     def __init__(self, agent: "WorkerAgent") -> None:
         self._agent = agent
@@ -146,31 +158,28 @@ class _Decode:
 
     def hang_up(self, peer: int, name: str) -> None:
         self._agent.remove_client(peer)
-        self._agent.receiver.drop(name)
+        self._agent.engine.inbound.drop(name)
 
-    def choose_path(self, identity: SourceIdentity) -> tuple[str, str]:
-        wanted = self._agent.config.path
-        if wanted == "tcp":
-            return "tcp", "path=tcp"
-        if (refusal := readable(identity)) is None:
-            return "process_vm", "same host" if wanted == "auto" else "path=process_vm"
-        if wanted == "process_vm":
-            logger.warning("path=process_vm can't be had: %s", refusal)
-        return "tcp", refusal
+    def choose_paths(self, identity: SourceIdentity, theirs: Sequence[str]) -> tuple[tuple[str, ...], str]:
+        engine = self._agent.engine
+        return choose_paths(engine.config, engine.paths, theirs, readable(identity))
 
-    def admit(self, name: str) -> Endpoint:
-        return self._agent.receiver.admit(name)
+    def admit(self, name: str, paths: Sequence[str]) -> Endpoint:
+        return self._agent.engine.inbound.admit(name, one_sided="rdma" in paths)
 
     def grant(self, key: int, name: str, ranges: Ranges) -> None:
-        self._agent.receiver.grant(key, name, ranges)
+        self._agent.engine.inbound.grant(key, name, ranges)
 
     def fence(self, key: int) -> None:
-        # Both transports have the target itself write its memory, so revoking is a fence that needs no peer.
-        self._agent.receiver.revoke(key)
-        self._agent.post(lambda now: self._agent.decode.fenced(key, now))
+        agent = self._agent
+        agent.engine.inbound.fence(key, lambda: agent.post(lambda now: agent.decode.fenced(key, now)))
 
     def ungrant(self, key: int) -> None:
-        self._agent.receiver.revoke(key)
+        self._agent.engine.inbound.revoke(key)
+
+    def await_marks(self, name: str, marks: Sequence[Mark], then: Callable[[float], None]) -> None:
+        agent = self._agent
+        agent.engine.inbound.await_marks(name, marks, lambda: agent.post(then))
 
     def report(self, report: LoadReport) -> None:
         self._agent.reports.put(report)
@@ -209,15 +218,20 @@ class WorkerAgent:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.server = Server(self.context, host, port)
         self.address = self.server.address
-        self.receiver = Receiver(
-            host,
-            port + 1 if port else 0,
+        self.engine = TransferEngine(
+            config,
+            host=host,
+            port=port + 1 if port else 0,
             on_link_up=lambda name: self.post(lambda now: self.decode.link_up(name, now)),
             on_link_down=lambda name, why: self.post(lambda now: self.decode.link_down(name, why, now)),
         )
+        for region in info.layout.regions():
+            self.engine.register(region)
         self.clients: dict[int, Client] = {}
         self._prefill_ports, self._decode_ports = _Prefill(self), _Decode(self)
-        self.prefill = PrefillEnd(info, identity(), config, self._prefill_ports, self.clock)
+        self.prefill = PrefillEnd(
+            info, identity(), config, self._prefill_ports, self.clock, self.engine.paths
+        )
         self.decode = DecodeEnd(
             info, config, self._decode_ports, pid=os.getpid(), first_key=secrets.randbits(62)
         )
@@ -297,8 +311,7 @@ class WorkerAgent:
                 self._guard(self.decode.tick, last_tick)
             self._guard(self.prefill.pump, time.monotonic())
             self.busy = self.prefill.num_transfers > 0
-        self._prefill_ports.close()
-        self.receiver.close()
+        self.engine.close()
         for peer in list(self.clients):
             self.remove_client(peer)
         self.server.close()

@@ -36,6 +36,7 @@ from mooncake_connector.kv_transfer.session import (
     ReceiveSession,
     ReceiveState,
 )
+from mooncake_connector.kv_transfer.transport.base import Mark
 
 logger = logging.getLogger(__name__)
 
@@ -137,13 +138,13 @@ class DecodeEnd:
             case Done():
                 if (load := self._load(peer, message.key)) is not None:
                     load.done = message
-                    self._handle(load, ReceiveEvent.DONE, now)
+                    self._stopped(load, ReceiveEvent.DONE, "", message.marks, now)
             case Failed():
                 if (load := self._load(peer, message.key)) is not None:
-                    self._handle(load, ReceiveEvent.FAILED, now, message.reason)
+                    self._stopped(load, ReceiveEvent.FAILED, message.reason, message.marks, now)
             case CancelAck():
                 if (load := self._load(peer, message.key)) is not None:
-                    self._handle(load, ReceiveEvent.CANCEL_ACKED, now)
+                    self._stopped(load, ReceiveEvent.CANCEL_ACKED, "", message.marks, now)
             case HeartbeatAck():
                 for key in message.unknown:
                     if (load := self._load(peer, key)) is not None:
@@ -249,15 +250,26 @@ class DecodeEnd:
         except IncompatibleError as e:
             self.peer_lost(peer.id, str(e), now)
             return
-        peer.path, why = self._ports.choose_path(message.identity)
-        logger.info("KV from prefill %s comes by %s: %s", message.info.name, peer.path, why)
+        paths, why = self._ports.choose_paths(message.identity, message.paths)
+        peer.path = paths[0]
+        logger.info("KV from prefill %s comes by %s: %s", message.info.name, ", then ".join(paths), why)
         peer.state = _PeerState.LINKING
-        endpoint = self._ports.admit(peer.name)
-        self._ports.send(peer.id, OpenLink(peer.path, endpoint, self._config.connections))
+        endpoint = self._ports.admit(peer.name, paths)
+        self._ports.send(peer.id, OpenLink(paths, endpoint, self._config.connections))
 
     def _load(self, peer: _Peer, key: int) -> _Load | None:
         load = self._loads.get(key)
         return load if load is not None and load.peer is peer else None
+
+    def _stopped(
+        self, load: _Load, event: ReceiveEvent, reason: str, marks: tuple[Mark, ...], now: float
+    ) -> None:
+        """Prefill says that it writes no more: so it is once our hardware has seen all that it wrote."""
+        peer = load.peer
+        if marks and peer is not None:
+            self._ports.await_marks(peer.name, marks, lambda then: self._handle(load, event, then, reason))
+        else:
+            self._handle(load, event, now, reason)
 
     def _handle(self, load: _Load, event: ReceiveEvent, now: float, reason: str = "") -> None:
         session, peer = load.session, load.peer

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mooncake_connector.errors import IncompatibleError
-from mooncake_connector.kv_transfer.memory import Ranges
+from mooncake_connector.kv_transfer.memory import Ranges, Region
 from mooncake_connector.kv_transfer.plan import CopyPlan
 
 BlockIds = NDArray[np.int64]
@@ -77,6 +77,17 @@ class KVLayout(msgspec.Struct, frozen=True):
         """Equal for two layouts exactly if their pages hold the same bytes for the same tokens."""
         shape = [(p.layer, p.group, p.nbytes) for p in self.planes]
         return hashlib.sha256(msgspec.msgpack.encode([self.groups, shape, self.form])).hexdigest()[:16]
+
+    def regions(self) -> tuple[Region, ...]:
+        """The memory of all planes, overlapping and adjacent ones as one."""
+        extent = [plane.stride * (self.num_blocks - 1) + plane.nbytes for plane in self.planes]
+        spans = Ranges.of(
+            np.array([plane.base for plane in self.planes], np.uint64), np.array(extent, np.uint64)
+        )
+        return tuple(
+            Region(start, end - start)
+            for start, end in zip(spans.start.tolist(), spans.end.tolist(), strict=True)
+        )
 
     def ranges(self, blocks: Sequence[BlockIds]) -> Ranges:
         """The memory of ``blocks[g]`` (ids, int64) in every plane of each group g."""

@@ -1,10 +1,12 @@
 """Memory as the transfer engine names it: where it is, and which byte ranges of it."""
 
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+
+from mooncake_connector.errors import ConfigError
 
 U64Array = NDArray[np.uint64]
 
@@ -68,3 +70,23 @@ class Ranges(msgspec.Struct, frozen=True, eq=False):
     def nbytes(self) -> int:
         """Bytes in all ranges."""
         return int((self.end - self.start).sum())
+
+
+def region_of(memory: Any) -> Region:
+    """The memory of a `Region`, a torch tensor, or anything with the buffer protocol (numpy, bytearray).
+
+    Raises:
+        ConfigError: It is not contiguous, or no memory at all.
+    """
+    if isinstance(memory, Region):
+        return memory
+    if hasattr(memory, "data_ptr"):
+        if not memory.is_contiguous():
+            raise ConfigError("the tensor is not contiguous: call .contiguous(), or plan its ranges yourself")
+        location = "cpu:0" if memory.device.type == "cpu" else f"{memory.device.type}:{memory.device.index}"
+        return Region(memory.data_ptr(), memory.numel() * memory.element_size(), location)
+    try:
+        array = np.frombuffer(memory, np.uint8)
+    except (TypeError, ValueError, BufferError) as bad:
+        raise ConfigError(f"{type(memory).__name__} is no contiguous memory: {bad}") from bad
+    return Region(array.ctypes.data, array.nbytes)

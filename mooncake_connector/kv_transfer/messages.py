@@ -12,9 +12,9 @@ import numpy as np
 
 from mooncake_connector.kv_transfer.layout import BlockIds, WorkerInfo
 from mooncake_connector.kv_transfer.push import Want
-from mooncake_connector.kv_transfer.transport.base import Endpoint, SourceIdentity
+from mooncake_connector.kv_transfer.transport.base import Endpoint, Mark, SourceIdentity
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -38,8 +38,11 @@ class Redirect(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
+    """Prefill agrees; `paths` are the ways that it can push by."""
+
     info: WorkerInfo
     identity: SourceIdentity
+    paths: tuple[str, ...]
 
 
 class Refused(Message, frozen=True):
@@ -47,9 +50,9 @@ class Refused(Message, frozen=True):
 
 
 class OpenLink(Message, frozen=True):
-    """Decode chose the path; prefill opens the data connections."""
+    """Decode chose the paths, the preferred first; prefill opens the data connections."""
 
-    path: str
+    paths: tuple[str, ...]
     endpoint: Endpoint
     connections: int
 
@@ -90,23 +93,29 @@ class Done(Message, frozen=True):
         nbytes: bytes moved for this reservation.
         early_bytes: of these, landed before the prefill's last chunk ended.
         push_s: from the first write to the last byte landed.
+        marks: what decode's hardware must have seen land before the KV is used.
     """
 
     key: int
     nbytes: int
     early_bytes: int
     push_s: float
+    marks: tuple[Mark, ...] = ()
 
 
 class Failed(Message, frozen=True):
-    """The load will not complete; no write is in flight."""
+    """The load will not complete; no write is in flight (`marks` as in `Done`)."""
 
     key: int
     reason: str
+    marks: tuple[Mark, ...] = ()
 
 
 class CancelAck(Message, frozen=True):
+    """Cancelled; no write is in flight (`marks` as in `Done`)."""
+
     key: int
+    marks: tuple[Mark, ...] = ()
 
 
 class Heartbeat(Message, frozen=True):

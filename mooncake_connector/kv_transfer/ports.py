@@ -1,5 +1,6 @@
 """What the two ends of transfers do to the world: `agent` implements it on sockets, the tests on a model."""
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -8,7 +9,7 @@ from mooncake_connector.kv_transfer.memory import Ranges
 from mooncake_connector.kv_transfer.messages import Message, OpenLink
 from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.session import Outcome
-from mooncake_connector.kv_transfer.transport.base import Endpoint, SourceIdentity
+from mooncake_connector.kv_transfer.transport.base import Endpoint, Mark, SourceIdentity
 
 
 class PrefillPorts(Protocol):
@@ -21,6 +22,12 @@ class PrefillPorts(Protocol):
 
     def write(self, peer: bytes, key: int, op: int, plan: CopyPlan) -> None:
         """Push over the peer's link; answered by `PrefillEnd.write_ended`."""
+
+    def cancel(self, key: int) -> None:
+        """Give up what has not been sent of a reservation's writes; each still ends by `write_ended`."""
+
+    def marks(self, peer: bytes) -> tuple[Mark, ...]:
+        """What the peer must have seen land before it uses what was written to it until now."""
 
     def allow_reader(self, pid: int) -> None:
         """Let that process of this host read our memory."""
@@ -64,10 +71,10 @@ class DecodePorts(Protocol):
     def hang_up(self, peer: int, name: str) -> None:
         """Close the control channel and the data link named `name`."""
 
-    def choose_path(self, identity: SourceIdentity) -> tuple[str, str]:
-        """(transport, why) for reaching us from that process."""
+    def choose_paths(self, identity: SourceIdentity, theirs: Sequence[str]) -> tuple[tuple[str, ...], str]:
+        """(transports, the preferred first; why) for reaching us from that process by ways it has."""
 
-    def admit(self, name: str) -> Endpoint: ...
+    def admit(self, name: str, paths: Sequence[str]) -> Endpoint: ...
 
     def grant(self, key: int, name: str, ranges: Ranges) -> None: ...
 
@@ -75,5 +82,8 @@ class DecodePorts(Protocol):
         """Make late writes under `key` impossible; answered by `DecodeEnd.fenced`."""
 
     def ungrant(self, key: int) -> None: ...
+
+    def await_marks(self, name: str, marks: Sequence[Mark], then: Callable[[float], None]) -> None:
+        """Call ``then(now)`` once all that these count is in place."""
 
     def report(self, report: LoadReport) -> None: ...

@@ -53,6 +53,7 @@ class PrefillEnd:
     Args:
         info: what this worker tells decode workers.
         clock: how far the forward passes are.
+        paths: ways that this worker can push by.
     """
 
     def __init__(
@@ -62,9 +63,10 @@ class PrefillEnd:
         config: ConnectorConfig,
         ports: PrefillPorts,
         clock: Clock,
+        paths: Sequence[str],
     ) -> None:
         self._info, self._identity, self._config = info, identity, config
-        self._ports, self._clock = ports, clock
+        self._ports, self._clock, self._paths = ports, clock, tuple(paths)
         self._layer_groups = [0] * info.layout.num_layers
         self._block_bytes = [0] * info.layout.num_layers
         for plane in info.layout.planes:
@@ -234,7 +236,7 @@ class PrefillEnd:
             return
         self._peers[peer] = _Peer(hello.info, now + 2 * self._config.handshake_timeout_s)
         self._ports.allow_reader(hello.pid)
-        self._ports.send(peer, Welcome(self._info, self._identity))
+        self._ports.send(peer, Welcome(self._info, self._identity, self._paths))
 
     def _reserve(self, peer: PeerId, message: Reserve, now: float) -> None:
         id = (message.transfer_id, message.prompt_hash)
@@ -351,19 +353,20 @@ class PrefillEnd:
         actions = session.handle(event, reason)
         if session.state is SendState.DRAINING and before is not SendState.DRAINING:
             transfer.deadline = now + self._config.peer_timeout_s
+            self._ports.cancel(transfer.reservation)
         for action in actions:
             if action is SendAction.REPLY:
                 action = SendAction.SEND_CANCEL_ACK if session.cancelled else SendAction.SEND_FAILED
             key = transfer.reservation
+            marks = self._ports.marks(transfer.peer) if transfer.peer is not None else ()
             match action:
                 case SendAction.SEND_DONE:
-                    message: Message = Done(
-                        key, transfer.nbytes, transfer.early_bytes, now - transfer.first_write
-                    )
+                    push_s = now - transfer.first_write
+                    message: Message = Done(key, transfer.nbytes, transfer.early_bytes, push_s, marks)
                 case SendAction.SEND_FAILED:
-                    message = Failed(key, session.reason)
+                    message = Failed(key, session.reason, marks)
                 case SendAction.SEND_CANCEL_ACK:
-                    message = CancelAck(key)
+                    message = CancelAck(key, marks)
                 case SendAction.FREE:
                     transfer.freed = True
                     continue

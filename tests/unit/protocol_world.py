@@ -6,7 +6,7 @@ IPC). What holds here holds for transports whose target writes its own memory al
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mooncake_connector.config import ConnectorConfig
@@ -28,7 +28,7 @@ from mooncake_connector.kv_transfer.ports import LoadReport
 from mooncake_connector.kv_transfer.prefill_end import PrefillEnd
 from mooncake_connector.kv_transfer.push import Chunk
 from mooncake_connector.kv_transfer.session import Outcome
-from mooncake_connector.kv_transfer.transport.base import Endpoint, SourceIdentity
+from mooncake_connector.kv_transfer.transport.base import Endpoint, Mark, SourceIdentity
 
 LAYERS = 2
 BLOCK = 4  # tokens
@@ -124,7 +124,7 @@ class PrefillWorld:
         self.world, self.incarnation, self.alive = world, incarnation, True
         self.clock = LayerClock(LAYERS)
         self.end = PrefillEnd(
-            info("p", incarnation, 0), SourceIdentity(1, "h", 0, b""), CONFIG, self, self.clock
+            info("p", incarnation, 0), SourceIdentity(1, "h", 0, b""), CONFIG, self, self.clock, ["model"]
         )
         self.free = list(range(1, POOL))
         self.memory: list[dict[int, tuple[int, int, int]]] = [{} for _ in range(LAYERS)]
@@ -152,6 +152,14 @@ class PrefillWorld:
                 layer, source = divmod(src + offset, PLANE)
                 pages.append((layer, source // PAGE, (dst + offset - DECODE_BASE) % PLANE // PAGE))
         self.world.flying.append(FlyingWrite(connection, key, op, pages, key in self.world.fenced))
+
+    def cancel(self, key: int) -> None:
+        """Writes of which nothing was sent end; which these are is up to the network."""
+        for write in [w for w in self.world.flying if w.key == key][1::2]:
+            write.refused = True
+
+    def marks(self, peer: bytes) -> tuple[Mark, ...]:
+        return (Mark(0, 1),)
 
     def close_link(self, peer: bytes) -> None:
         self.world.end_writes(lambda w: w.connection.peer == peer)
@@ -270,10 +278,10 @@ class DecodeWorld:
     def hang_up(self, peer: int, name: str) -> None:
         self.world.connections[peer].hung_up = True
 
-    def choose_path(self, identity: SourceIdentity) -> tuple[str, str]:
-        return "model", "it is one"
+    def choose_paths(self, identity: SourceIdentity, theirs: Sequence[str]) -> tuple[tuple[str, ...], str]:
+        return tuple(theirs), "it is one"
 
-    def admit(self, name: str) -> Endpoint:
+    def admit(self, name: str, paths: Sequence[str]) -> Endpoint:
         return Endpoint("", 0, name.encode())
 
     def grant(self, key: int, name: str, ranges: Ranges) -> None:
@@ -287,6 +295,9 @@ class DecodeWorld:
 
     def ungrant(self, key: int) -> None:
         self.granted.pop(key, None)
+
+    def await_marks(self, name: str, marks: Sequence[Mark], then: Callable[[float], None]) -> None:
+        self.world.awaited.append((self, then))
 
     def report(self, report: LoadReport) -> None:
         request = self.requests[report.request_id]
@@ -346,6 +357,7 @@ class World:
         self.flying: list[FlyingWrite] = []
         self.fences: list[tuple[DecodeWorld, int]] = []
         self.fenced: set[int] = set()
+        self.awaited: list[tuple[DecodeWorld, Callable[[float], None]]] = []
         self.made = 0
         self.prefill = PrefillWorld(self, 0)
         self.decode = DecodeWorld(self, 0)
@@ -394,6 +406,8 @@ class World:
                     self.deliver(c, False)
                 if c.offer is not None:
                     self.complete_link(c)
+            while self.awaited:
+                self.see_marks()
 
     def complete_link(self, connection: Connection) -> None:
         assert connection.offer is not None
@@ -445,6 +459,11 @@ class World:
                 write.refused = True
         if decode is self.decode:
             decode.end.fenced(key, self.now)
+
+    def see_marks(self) -> None:
+        decode, then = self.awaited.pop(0)
+        if decode is self.decode:
+            then(self.now)
 
     def crash_prefill(self) -> None:
         """What its hardware had in flight may still land: on decode's memory it has the rights it had."""

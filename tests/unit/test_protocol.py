@@ -176,6 +176,11 @@ class Protocol(RuleBasedStateMachine):
     def land(self, i: int, pages: int) -> None:
         self.world.land(self.world.flying[i % len(self.world.flying)], pages)
 
+    @precondition(lambda self: self.world.awaited)
+    @rule()
+    def see_marks(self) -> None:
+        self.world.see_marks()
+
     @precondition(lambda self: self.world.fences)
     @rule()
     def complete_fence(self) -> None:
@@ -247,6 +252,8 @@ class Protocol(RuleBasedStateMachine):
                 world.land(write, 1_000)
             while world.fences:
                 world.complete_fence()
+            while world.awaited:
+                world.see_marks()
             world.pass_time(1.0)
         for r in world.decode.requests.values():
             assert r.reported is not None, f"{r.id} never ended"
