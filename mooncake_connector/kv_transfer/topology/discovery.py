@@ -5,6 +5,7 @@ sysfs-devices-node.
 """
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mooncake_connector.kv_transfer.topology.model import ACTIVE, Gid, Gpu, Nic, Node, Topology
@@ -16,6 +17,9 @@ _NVIDIA = "0x10de"
 _DISPLAY_CLASSES = ("0x0300", "0x0302")
 _ETHERNET, _INFINIBAND = "1", "32"
 """ARPHRD_ETHER and ARPHRD_INFINIBAND, of /sys/class/net/*/type."""
+
+_Known = Mapping[tuple[str, int], tuple[Gid, ...]]
+"""Addresses by device and port."""
 
 _HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,}:[0-9a-f]{2}")
 _GID = re.compile(r"([0-9a-f]{4}:){7}[0-9a-f]{4}")
@@ -36,9 +40,14 @@ def discover(sysfs: Path = SYS) -> Topology:
     return refine(found) if sysfs == SYS else found
 
 
-def discover_nics(sysfs: Path = SYS) -> tuple[Nic, ...]:
-    """The NICs alone: the part of a topology that changes while a host runs."""
-    return _nics(Sysfs(sysfs))
+def discover_nics(sysfs: Path = SYS, known: Iterable[Nic] = ()) -> tuple[Nic, ...]:
+    """The NICs alone: the part of a topology that changes while a host runs.
+
+    Args:
+        sysfs: as for `discover`.
+        known: NICs whose addresses are taken over. To read them is most of the work: a port has up to 1024.
+    """
+    return _nics(Sysfs(sysfs), {(nic.device, nic.port): nic.gids for nic in known})
 
 
 def glance(sysfs: Path = SYS) -> tuple[str, ...]:
@@ -82,8 +91,12 @@ def _gpus(sysfs: Sysfs) -> tuple[Gpu, ...]:
     return tuple(found)
 
 
-def _nics(sysfs: Sysfs) -> tuple[Nic, ...]:
-    rdma = [nic for link in sysfs.children(sysfs.root / "class/infiniband") for nic in _ports(sysfs, link)]
+def _nics(sysfs: Sysfs, known: _Known | None = None) -> tuple[Nic, ...]:
+    rdma = [
+        nic
+        for link in sysfs.children(sysfs.root / "class/infiniband")
+        for nic in _ports(sysfs, link, known or {})
+    ]
     taken = {nic.netdev for nic in rdma}
     plain = [
         nic
@@ -98,7 +111,7 @@ def _natural(name: str) -> list[tuple[str, int]]:
     return [(text, int(number or -1)) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 
-def _ports(sysfs: Sysfs, link: Path) -> list[Nic]:
+def _ports(sysfs: Sysfs, link: Path, known: _Known) -> list[Nic]:
     """All ports of an RDMA device."""
     if (path := sysfs.real(link)) is None:
         return []
@@ -108,7 +121,7 @@ def _ports(sysfs: Sysfs, link: Path) -> list[Nic]:
     for number in numbers:
         port = path / "ports" / str(number)
         link_layer = sysfs.text(port / "link_layer")
-        gids = _gids(sysfs, port, link_layer)
+        gids = known.get((path.name, number)) or _gids(sysfs, port, link_layer)
         netdev = next((gid.netdev for gid in gids if gid.netdev), "") or _netdev(sysfs, path, number)
         place = path
         if not _pci_path(path):
@@ -136,7 +149,7 @@ def _ports(sysfs: Sysfs, link: Path) -> list[Nic]:
 def _gids(sysfs: Sysfs, port: Path, link_layer: str) -> tuple[Gid, ...]:
     found = []
     for path in (path for path in sysfs.children(port / "gids") if path.name.isdecimal()):
-        # A port has up to 1024 GIDs, of which all but a few are zero.
+        # All but a few are zero.
         if set(sysfs.peek(path)) <= set("0:") or not _GID.fullmatch(gid := sysfs.text(path)):
             continue
         kind = sysfs.text(port / "gid_attrs/types" / path.name)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import select
 import socket
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -69,31 +71,41 @@ class Watcher:
             self._thread.join()
 
     def _run(self) -> None:
-        due, settled = time.monotonic() + self._poll_s, 0.0
+        poller = select.poll()
         with contextlib.ExitStack() as stack:
             for sock in (self._wake, *self._events):
-                stack.enter_context(sock)
+                poller.register(stack.enter_context(sock), select.POLLIN)
+            # The first look, at once, finds what changed since `topology` was read.
+            due, settled, read_all = time.monotonic(), 0.0, -math.inf
             while True:
-                delay = max(0.0, due - time.monotonic())
-                ready, _, _ = select.select([self._wake, *self._events], [], [], delay)
-                if self._wake in ready:
+                ready = [fd for fd, _ in poller.poll(max(0.0, due - time.monotonic()) * 1e3)]
+                if self._wake.fileno() in ready:
                     return
                 now = time.monotonic()
-                for sock in ready:
-                    _drain(sock)
+                for fd in ready:
+                    _drain(fd)
                     due, settled = min(due, now + _SOON_S), now + _SETTLED_S
-                if now >= due:
-                    self._look(after_event=settled > 0)
-                    settled = settled if settled > now else 0.0
-                    due = settled or now + self._poll_s
+                if now < due:
+                    continue
+                if settled > now and now < read_all + self._poll_s:
+                    self._look("states")
+                elif settled or not self._events:
+                    self._look("all")
+                    read_all = now
+                else:
+                    self._look("glance")
+                settled = settled if settled > now else 0.0
+                due = settled or now + self._poll_s
 
-    def _look(self, after_event: bool) -> None:
+    def _look(self, extent: Literal["glance", "states", "all"]) -> None:
+        """States are read at once after an event, addresses (slow) when it has settled; polls see states."""
         try:
             seen = glance(self._sysfs)
-            if seen == self._seen and self._events and not after_event:
+            if extent == "glance" and seen == self._seen:
                 return
             self._seen = seen
-            nics = discover_nics(self._sysfs)
+            known = self._topology.nics if extent == "states" else ()
+            nics = discover_nics(self._sysfs, known)
             if not (changes := differences(self._topology.nics, nics)):
                 return
             self._topology = msgspec.structs.replace(self._topology, nics=nics)
@@ -106,30 +118,25 @@ class Watcher:
 
 def _event_sockets() -> list[socket.socket]:
     """Netlink sockets that become readable when a link, an address or a device changes."""
-    found = []
-    for protocol, groups in (
-        (socket.NETLINK_ROUTE, _LINK_AND_ADDRESSES),
-        (_KOBJECT_UEVENT, _KERNEL_UEVENTS),
-    ):
-        try:
-            sock = socket.socket(
-                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol
-            )
-        except OSError as error:
-            logger.info("no netlink events (%s): NICs are polled", error)
-            continue
-        try:
-            sock.bind((0, groups))
-        except OSError as error:
+    found: list[socket.socket] = []
+    kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    try:
+        for protocol, groups in (
+            (socket.NETLINK_ROUTE, _LINK_AND_ADDRESSES),
+            (_KOBJECT_UEVENT, _KERNEL_UEVENTS),
+        ):
+            found.append(socket.socket(socket.AF_NETLINK, kind, protocol))
+            found[-1].bind((0, groups))
+    except OSError as error:
+        logger.info("no netlink events here (%s): NICs are only polled", error)
+        for sock in found:
             sock.close()
-            logger.info("no netlink events (%s): NICs are polled", error)
-            continue
-        found.append(sock)
+        return []
     return found
 
 
-def _drain(sock: socket.socket) -> None:
+def _drain(fd: int) -> None:
     """Only that something happened matters; what it was, sysfs says."""
     with contextlib.suppress(OSError):
-        while os.read(sock.fileno(), 1 << 16):
+        while os.read(fd, 1 << 16):
             pass
