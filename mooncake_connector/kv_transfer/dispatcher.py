@@ -187,7 +187,7 @@ class Dispatcher:
         lost = [(i, s) for i, s in self._flying.items() if s.rail.spec.name == name]
         self.rails.down(name, reason, now)
         actions: list[Action] = []
-        for number, s in reversed(lost):
+        for number, s in lost:
             del self._flying[number]
             s.transfer.flying -= 1
             self._lost(s, reason)
@@ -199,8 +199,7 @@ class Dispatcher:
         """Nothing more lands that was posted to a rail before it went down."""
         rail = self.rails.get(name)
         actions: list[Action] = []
-        if rail is not None and rail.health is Health.DOWN:
-            rail.health = Health.COOLING
+        if rail is not None and rail.fenced():
             for t in self._owed.pop(name, ()):
                 t.fences -= 1
                 self._settle(t, actions)
@@ -216,6 +215,7 @@ class Dispatcher:
         self._deadlines.clear()
         for waiting in self._waiting:
             waiting.clear()
+        self._backlog = [0 for _ in Priority]
         return ended
 
     def slice_ended(self, slice: int, failure: Failure | None, now: float) -> list[Action]:
@@ -254,7 +254,7 @@ class Dispatcher:
             if rail.due() > now:
                 continue
             if rail.health is Health.COOLING:
-                rail.health = Health.RESTORING
+                rail.restore()
                 actions.append(Restore(rail.spec.name))
             else:
                 if rail.health is Health.SUSPECT:

@@ -177,9 +177,8 @@ class RailState:
             self._wake, self._abandoned = now + self._policy.suspect_s, False
 
     def stall(self, now: float) -> None:
-        """Give up on a rail that hangs, and learn from it how slow it may be."""
+        """Give up on a rail that hangs."""
         stuck = now - self._progress
-        self._learn(min(self.bandwidth, self.in_flight / stuck), 1.0)
         self.suspect(f"nothing of {self.slices} slices ({self.in_flight} bytes) landed in {stuck:.1f} s", now)
         self._abandoned = True
 
@@ -200,7 +199,17 @@ class RailState:
         self.health = Health.COOLING if self.health is Health.RESTORING else Health.DOWN
         self.reason = reason
         self.in_flight = self.slices = self.background = 0
-        self._busy_until = 0.0
+
+    def fenced(self) -> bool:
+        """Nothing that was lost can land any more. False, of no effect, if that was not awaited."""
+        awaited = self.health is Health.DOWN
+        if awaited:
+            self.health = Health.COOLING
+        return awaited
+
+    def restore(self) -> None:
+        """Its rest is over, it is being made anew."""
+        self.health = Health.RESTORING
 
     def up(self, spec: RailSpec, now: float) -> None:
         """The rail can be used; after a failure on probation. Not before its fence."""

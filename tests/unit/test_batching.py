@@ -108,6 +108,14 @@ def test_rare_writes_are_not_held_up_although_something_is_in_flight() -> None:
     assert waited <= 1  # before the rate was known
 
 
+def test_a_burst_after_a_pause_is_soon_seen() -> None:
+    aggregator = Aggregator()
+    aggregator.add(0, write(0), False, 0.0)
+    now = 3600.0
+    alone = sum(bool(aggregator.add(i, write(i * KIB), False, now + i * US)) for i in range(1, 60))
+    assert alone < 30
+
+
 def test_the_delay_is_what_a_flush_takes_to_land() -> None:
     aggregator = Aggregator()
     now = 0.0

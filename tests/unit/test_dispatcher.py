@@ -141,6 +141,10 @@ class Transfers(RuleBasedStateMachine):
         assert not self.world.live, f"never ended: {self.world.live}"
         for _ in range(3):
             self.world.calm()
+        dispatcher = self.world.dispatcher
+        held = (dispatcher._flying, *dispatcher._waiting, *dispatcher._owed.values())
+        assert not any(held)
+        assert not any(dispatcher._backlog)
 
 
 SETTINGS = settings(

@@ -5,7 +5,7 @@ import pytest
 from mooncake_connector.kv_transfer.rails import Health, RailPolicy, Rails, RailSpec, RailState
 from mooncake_connector.kv_transfer.slicing import SlicePolicy
 
-KIB, MIB = 1 << 10, 1 << 20
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 GB = 1e9
 
 
@@ -32,7 +32,7 @@ def break_rail(rails: Rails, name: str, now: float) -> RailState:
     rails.down(name, "broken", now)
     rail = rails.get(name)
     assert rail is not None
-    rail.health = Health.COOLING
+    assert rail.fenced()
     return rail
 
 
@@ -128,6 +128,23 @@ def test_at_least_two_slices_and_no_more_than_the_window() -> None:
     assert window <= rail.in_flight < window + rail.slice_bytes
 
 
+def test_a_far_rail_has_a_window_too_and_rests_when_it_is_done() -> None:
+    rails = rails_of(RailSpec("near", "rdma", 0), RailSpec("far", "rdma", 0, penalty=2.0))
+    near, far = rails.get("near"), rails.get("far")
+    assert near is not None
+    assert far is not None
+    near.posted(GIB, False, 1.0)
+    near.posted(GIB, False, 1.0)
+    while (chosen := rails.choose(GIB, GIB, (), False, 1.0)) is not None:
+        far.posted(chosen[1], False, 1.0)
+    window = RailPolicy().window_s
+    assert window <= 2 * far.in_flight / far.bandwidth < window + 2 * MIB / far.bandwidth
+    while far.slices:
+        far.ended(far.in_flight // far.slices, False, True, 1.0)
+    assert rails.choose(GIB, GIB, (), False, 1.0) is None
+    assert rails.choose(GIB, GIB, (), False, far.rested()) is not None
+
+
 def test_one_background_slice_per_rail() -> None:
     rails = rails_of(RailSpec("a", "rdma", 0), RailSpec("b", "rdma", 0))
     for _ in range(2):
@@ -161,7 +178,7 @@ def test_cooldown_doubles_up_to_its_cap_and_is_forgiven() -> None:
 def test_a_rail_that_can_not_be_restored_cools_on() -> None:
     rails = rails_of(RailSpec("a", "rdma", 0))
     rail = break_rail(rails, "a", 1.0)
-    rail.health = Health.RESTORING
+    rail.restore()
     rails.down("a", "still broken", 2.0)
     assert rail.health is Health.COOLING
     assert rail.due() == pytest.approx(3.0)
@@ -182,6 +199,15 @@ def test_a_restored_rail_carries_one_slice_until_one_has_landed() -> None:
     assert choice(rails, MIB) == "a"
 
 
+def test_a_worse_rail_on_probation_waits_until_it_is_needed() -> None:
+    rails = rails_of(RailSpec("a", "rdma", 0), tcp := RailSpec("tcp-0", "tcp", 1))
+    break_rail(rails, "tcp-0", 1.0)
+    rails.up(tcp, 2.0)
+    assert choice(rails) == "a"
+    break_rail(rails, "a", 3.0)
+    assert choice(rails) == "tcp-0"
+
+
 def test_an_unfenced_rail_does_not_come_up() -> None:
     rails = rails_of(spec := RailSpec("a", "rdma", 0))
     rails.down("a", "broken", 1.0)
@@ -195,7 +221,7 @@ def test_a_rail_that_never_came_up_is_restored_too() -> None:
     rail = rails.get("a")
     assert rail is not None
     assert rail.due() == pytest.approx(1.5)
-    rail.health = Health.RESTORING
+    rail.restore()
     rails.up(RailSpec("a", "rdma", 0, speed=25 * GB), 2.0)
     assert rail.bandwidth == 25 * GB
     assert choice(rails) == "a"
