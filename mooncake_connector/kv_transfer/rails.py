@@ -43,7 +43,8 @@ class RailPolicy(msgspec.Struct, frozen=True):
     """How rails are filled, judged and forgiven.
 
     Attributes:
-        window_s: bytes in flight on a rail are what it carries in this time [s]; always at least two slices.
+        window_s: bytes in flight on a rail are what it carries in this time [s], but at least two slices; no
+            more than that while nobody has measured its speed.
         max_slices: in flight on one rail.
         memory_s: time constant of the bandwidth average, in seconds of busy time.
         stall_s: a rail that has slices in flight and completes nothing for so long [s] ...
@@ -157,12 +158,9 @@ class RailState:
         policy = self._policy
         if self.weight > 1:
             return now >= self.rested() and self.slices < policy.max_slices
-        return self.slices < 2 or (
-            # What the hardware claims is no reason to hand a rail more than it may carry in seconds.
-            self._measured
-            and self.in_flight < self.bandwidth * policy.window_s
-            and self.slices < policy.max_slices
-        )
+        # What the hardware claims is no reason to hand a rail more than it may carry in seconds.
+        window = self.bandwidth * policy.window_s if self._measured else self.slice_bytes
+        return self.slices < 2 or (self.in_flight < window and self.slices < policy.max_slices)
 
     # health
 
@@ -190,13 +188,14 @@ class RailState:
         """The rail is gone, or could not be restored."""
         if self.health in (Health.DOWN, Health.COOLING):
             return
-        if self.usable and now - self._up_since >= self._policy.settle_s:
+        restoring = self.health is Health.RESTORING
+        if not restoring and now - self._up_since >= self._policy.settle_s:
             self.failures = 0
         rest = min(self._policy.cooldown_s * 2.0 ** min(self.failures, 60), self._policy.cooldown_cap_s)
         self._wake = now + rest
         self.failures += 1
         # One that could not be restored was fenced before the attempt.
-        self.health = Health.COOLING if self.health is Health.RESTORING else Health.DOWN
+        self.health = Health.COOLING if restoring else Health.DOWN
         self.reason = reason
         self.in_flight = self.slices = self.background = 0
 

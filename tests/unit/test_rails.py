@@ -120,12 +120,19 @@ def test_at_least_two_slices_and_no_more_than_the_window() -> None:
     while (chosen := rails.choose(100 * MIB, 100 * MIB, (), False, 1.0)) is not None:
         rail.posted(chosen[1], False, 1.0)
         posted.append(chosen[1])
-    assert len(posted) == 2  # a claim only
+    assert len(posted) == 2  # its speed is a claim only
     rail.ended(posted.pop(), False, True, 1.0 + 1e-3)
     while (chosen := rails.choose(100 * MIB, 100 * MIB, (), False, 1.0)) is not None:
         rail.posted(chosen[1], False, 1.0)
     window = rail.bandwidth * RailPolicy().window_s
     assert window <= rail.in_flight < window + rail.slice_bytes
+
+
+def test_many_small_writes_fit_in_flight_before_any_speed_is_known() -> None:
+    rail = state()
+    while rail.has_room(1.0):
+        rail.posted(4 * KIB, False, 1.0)
+    assert rail.slices == RailPolicy().max_slices
 
 
 def test_a_far_rail_has_a_window_too_and_rests_when_it_is_done() -> None:
@@ -172,6 +179,7 @@ def test_cooldown_doubles_up_to_its_cap_and_is_forgiven() -> None:
     assert rests[:4] == pytest.approx([0.5, 1.0, 2.0, 4.0])
     assert rests[-1] == pytest.approx(300.0)
     now += RailPolicy().settle_s
+    rail.suspect("a write failed", now)
     assert break_rail(rails, "a", now).due() - now == pytest.approx(0.5)
 
 
