@@ -1,4 +1,4 @@
-"""Settings of the transfer engine and the connector, from ``kv_connector_extra_config`` and ``MOONCAKE_*`` variables.
+"""Settings of transfer engine and connector, from ``kv_connector_extra_config`` and ``MOONCAKE_*`` variables.
 
 The environment overrides the configuration, so that one container can be pinned without editing a shared
 manifest.

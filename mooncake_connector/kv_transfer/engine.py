@@ -16,6 +16,7 @@ import numpy as np
 from mooncake_connector.config import TransferConfig
 from mooncake_connector.errors import ConfigError
 from mooncake_connector.kv_transfer.dispatcher import Priority
+from mooncake_connector.kv_transfer.fabric import open_fabric
 from mooncake_connector.kv_transfer.inbound import Inbound
 from mooncake_connector.kv_transfer.memory import Ranges, Region, region_of
 from mooncake_connector.kv_transfer.outbound import Outbound
@@ -76,7 +77,13 @@ class TransferEngine:
         self._receiver = Receiver(
             host, port, advertise=advertise, on_link_up=on_link_up, on_link_down=self._link_down
         )
-        self.inbound = Inbound(self._receiver, None, wake=self._wake, on_link_broken=on_link_down)
+        self._fabric = open_fabric(self.config, self._receiver.serve)
+        self.inbound = Inbound(
+            self._receiver,
+            self._fabric.target if self._fabric is not None else None,
+            wake=self._wake,
+            on_link_broken=on_link_down,
+        )
         self._pulls = Pulls(self)
         threading.Thread(target=self._tick, name="mooncake-transfer-clock", daemon=True).start()
 
@@ -90,14 +97,18 @@ class TransferEngine:
 
         Raises:
             ConfigError: It is no contiguous memory.
+            TransportError: A NIC can't register it.
         """
         region = region_of(memory)
+        if self._fabric is not None and region not in self._regions:
+            self._fabric.register(region)
         self._regions[region] = memory
         return region
 
     def deregister(self, region: Region) -> None:
         """Forget a region; grants and transfers on it must have ended."""
-        self._regions.pop(region, None)
+        if self._regions.pop(region, None) is not None and self._fabric is not None:
+            self._fabric.deregister(region)
 
     # ------------------------------------------------------------------ target
 
@@ -131,7 +142,7 @@ class TransferEngine:
     @property
     def paths(self) -> tuple[str, ...]:
         """The ways this engine can be reached by, the preferred first."""
-        return tuple(path for path in self.config.paths if path != "rdma")
+        return tuple(path for path in self.config.paths if path != "rdma" or self._fabric is not None)
 
     # ------------------------------------------------------------------ initiator
 
@@ -177,6 +188,7 @@ class TransferEngine:
                 connections=connections or self.config.connections,
                 checksum=self.config.checksum,
                 events=outbound,
+                one_sided=self._fabric.rails if self._fabric is not None and "rdma" in paths else None,
             )
         )
         return outbound
@@ -225,6 +237,8 @@ class TransferEngine:
         for outbound in list(self._outbounds):
             outbound.close()
         self.inbound.close()
+        if self._fabric is not None:
+            self._fabric.close()
         self._regions.clear()
 
     # ------------------------------------------------------------------ inside

@@ -19,8 +19,11 @@ PATIENCE_S = 2.0
 class OneSided(Protocol):
     """The target's end of transports whose hardware writes without asking (rdma)."""
 
+    def admit(self, peer: str, token: bytes) -> None:
+        """Let the link of that token have rails, and no earlier link of this peer."""
+
     def fence_peer(self, peer: str) -> None:
-        """Destroy all rails of this peer: when it returns, no write of it can land any more."""
+        """Destroy all rails of this peer, for good: when it returns, no write of it can land any more."""
 
     def await_marks(self, peer: str, marks: Sequence[Mark], on_seen: Callable[[], None]) -> None:
         """Call back, from any thread, once so many of each rail's writes have been seen to land."""
@@ -69,6 +72,7 @@ class Inbound:
         self.link_down(peer)
         endpoint = self._receiver.admit(peer)
         if one_sided and self._one_sided is not None:
+            self._one_sided.admit(peer, endpoint.token)
             with self._lock:
                 self._writers.add(peer)
         return endpoint

@@ -22,6 +22,8 @@ class Hardware:
         self.fenced: list[str] = []
         self.awaited: list[tuple[str, tuple[Mark, ...], Callable[[], None]]] = []
 
+    def admit(self, peer: str, token: bytes) -> None: ...
+
     def fence_peer(self, peer: str) -> None:
         self.fenced.append(peer)
 

@@ -1,10 +1,84 @@
-"""A whole link: its streams, and what one-sided rails are set up over them."""
+"""A whole link: its streams, and the one-sided rails that are set up over them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from mooncake_connector.kv_transfer.transport.base import Endpoint, Link, LinkEvents
+from mooncake_connector.kv_transfer.transport.base import Endpoint, Failure, Link, LinkEvents, Mark, Rail
 from mooncake_connector.kv_transfer.transport.link import StreamLink
 from mooncake_connector.kv_transfer.transport.stream import PATHS as STREAM_PATHS
+
+
+class Ask(Protocol):
+    """`Link.ask`."""
+
+    def __call__(self, topic: str, body: bytes, on_answer: Callable[[bytes | Failure], None]) -> None: ...
+
+
+class OneSided(Protocol):
+    """Rails beside the streams; `transport.rdma.RdmaRails` documents each."""
+
+    def open(self) -> None: ...
+
+    def owns(self, rail: str) -> bool: ...
+
+    def restore(self, rail: str) -> None: ...
+
+    def abandon(self, rail: str, reason: str) -> None: ...
+
+    def marks(self) -> tuple[Mark, ...]: ...
+
+    def close(self) -> None: ...
+
+
+class WholeLink:
+    """A `Link` of streams and one-sided rails. The streams carry the questions; their end is the link's."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        name: str,
+        paths: tuple[str, ...],
+        connections: int,
+        checksum: bool,
+        events: LinkEvents,
+        one_sided: Callable[[str, bytes, Ask, LinkEvents], OneSided],
+    ) -> None:
+        self._events = events
+        self._rails = one_sided(name, endpoint.token, self.ask, events)
+        self._streams = StreamLink(
+            endpoint, name=name, connections=connections, paths=paths, events=self, checksum=checksum
+        )
+        self._rails.open()
+
+    def restore(self, rail: str) -> None:
+        (self._rails if self._rails.owns(rail) else self._streams).restore(rail)
+
+    def abandon(self, rail: str, reason: str) -> None:
+        (self._rails if self._rails.owns(rail) else self._streams).abandon(rail, reason)
+
+    def marks(self) -> tuple[Mark, ...]:
+        return self._rails.marks()
+
+    def ask(self, topic: str, body: bytes, on_answer: Callable[[bytes | Failure], None]) -> None:
+        self._streams.ask(topic, body, on_answer)
+
+    def close(self) -> None:
+        self._rails.close()
+        self._streams.close()
+
+    def rail_up(self, rail: Rail) -> None:
+        self._events.rail_up(rail)
+
+    def rail_down(self, name: str, reason: str) -> None:
+        self._events.rail_down(name, reason)
+
+    def rail_fenced(self, name: str) -> None:
+        self._events.rail_fenced(name)
+
+    def link_down(self, reason: str) -> None:
+        self._rails.close()
+        self._events.link_down(reason)
 
 
 def open_link(
@@ -15,6 +89,7 @@ def open_link(
     connections: int,
     checksum: bool,
     events: LinkEvents,
+    one_sided: Callable[[str, bytes, Ask, LinkEvents], OneSided] | None = None,
 ) -> Link:
     """Open a link to a target: returns at once, connects in the background.
 
@@ -25,8 +100,19 @@ def open_link(
         connections: TCP connections, each served by a thread at the target.
         checksum: have the target verify what comes by streams.
         events: told what becomes of the rails.
+        one_sided: makes further rails, given the link's name, its token, `Link.ask` and `events`.
     """
     streams = tuple(path for path in STREAM_PATHS if path in paths)
-    return StreamLink(
-        endpoint, name=name, connections=connections, paths=streams, events=events, checksum=checksum
+    if one_sided is None:
+        return StreamLink(
+            endpoint, name=name, connections=connections, paths=streams, events=events, checksum=checksum
+        )
+    return WholeLink(
+        endpoint,
+        name=name,
+        paths=streams,
+        connections=connections,
+        checksum=checksum,
+        events=events,
+        one_sided=one_sided,
     )
