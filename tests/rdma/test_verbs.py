@@ -204,9 +204,9 @@ def test_the_nic_refuses_what_was_not_granted(link: Link, what: str) -> None:
     start, nbytes, there = link.address, NBYTES, rail.there
     key = int(there.key[there.start == start][0])
     if what == "key":
-        rail.there = Keys.of([(start, nbytes, start, key ^ 0xFF)])
+        rail.there = Keys.of([(start, nbytes, start, key ^ 0xFF)], remote=True)
     elif what == "range":
-        rail.there = Keys.of([(start, nbytes + 4096, start, key)])
+        rail.there = Keys.of([(start, nbytes + 4096, start, key)], remote=True)
     else:
         link.peer.call("deregister")
     writes = Writes()

@@ -25,7 +25,7 @@ REGION = 64
 
 # Two regions, one right behind the other, whose NIC addresses are far apart.
 LOCAL = Keys.of([(HERE, REGION, 5000, 1), (HERE + REGION, REGION, 9000, 2)])
-REMOTE = Keys.of([(THERE + REGION, REGION, 700, 12), (THERE, REGION, THERE, 11)], owner="the target")
+REMOTE = Keys.of([(THERE + REGION, REGION, 700, 12), (THERE, REGION, THERE, 11)], remote=True)
 
 ranges = st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100), st.integers(0, 28)), max_size=20)
 

@@ -189,7 +189,7 @@ class RdmaRails:
     def _opened(self, slot: _Slot, rail: RdmaRail, answer: bytes | Failure) -> None:
         try:
             opened = cards.decode(_unless_failed(answer), cards.Opened)
-            rail.there = Keys.of(opened.regions, owner="the target")
+            rail.there = Keys.of(opened.regions, remote=True)
             rail.connect(opened.card)
         except TransportError as failed:
             rail.fail(str(failed))
@@ -211,7 +211,7 @@ class RdmaRails:
         def answered(answer: bytes | Failure) -> None:
             try:
                 rows = cards.decode(_unless_failed(answer), cards.Regions).regions
-                rail.there = Keys.of(rows, owner="the target")
+                rail.there = Keys.of(rows, remote=True)
             except TransportError as failed:
                 then(Failure(str(failed), retry=True))
             else:

@@ -38,6 +38,9 @@ class QueuePair:
         depth: send requests that fit; 0 for the end that is written to.
         on_ready: called from the poller's thread when `take` may have something.
 
+    Attributes:
+        card: what the other end needs to connect.
+
     Raises:
         TransportError: The NIC refused.
     """
@@ -49,7 +52,6 @@ class QueuePair:
         self._on_ready = on_ready
         self._received = 0
         self._poster = poster() if depth else None
-        self._psn = secrets.randbits(24)
         self._open: list[Any] = []
         receives = RECEIVE_BATCH * RECEIVE_BATCHES if self.receives else 1
         e = verbs.e
@@ -75,19 +77,14 @@ class QueuePair:
         except verbs.PyverbsError as failed:
             self._release()
             raise TransportError(f"rdma: {nic.label} makes no queue pair: {failed}") from failed
+        self.card = PairCard(nic.gid, nic.lid, self._qp.qp_num, secrets.randbits(24), nic.mtu)
         nic.poller.add(self._fd, on_ready)
-
-    @property
-    def card(self) -> PairCard:
-        """What the other end needs to connect."""
-        nic = self.nic
-        return PairCard(nic.gid, nic.lid, self._qp.qp_num, self._psn, nic.mtu)
 
     def connect(self, there: PairCard) -> None:
         """Connect to the other end.
 
         Raises:
-            TransportError: The NIC refused, as for an address that it has no route to.
+            TransportError: It was closed, or the NIC refused, as for an address that it has no route to.
         """
         nic = self.nic
         attr = verbs.QPAttr(port_num=nic.port)
@@ -97,13 +94,16 @@ class QueuePair:
             attr.ah_attr = verbs.AHAttr(is_global=1, port_num=nic.port, gr=route)
         else:
             attr.ah_attr = verbs.AHAttr(dlid=there.lid, is_global=0, port_num=nic.port)
-        attr.dest_qp_num, attr.rq_psn, attr.sq_psn = there.qpn, there.psn, self._psn
+        attr.dest_qp_num, attr.rq_psn, attr.sq_psn = there.qpn, there.psn, self.card.psn
         attr.path_mtu = min(nic.mtu, there.mtu)
         attr.max_rd_atomic = attr.max_dest_rd_atomic = 1
         attr.timeout, attr.retry_cnt = ACK_TIMEOUT, RETRIES
         attr.min_rnr_timer, attr.rnr_retry = _RNR_TIMER, _RNR_FOR_EVER
         try:
-            self._qp.to_rts(attr)
+            with self._lock:
+                if not self._open:
+                    raise TransportError("the rail was closed before it was connected")
+                self._qp.to_rts(attr)
         except verbs.PyverbsError as failed:
             raise TransportError(
                 f"rdma: {nic.label} (GID {nic.gid_index}, {nic.gid}) can't connect to {there.gid}: {failed} "

@@ -86,7 +86,7 @@ class RdmaRail:
         on_broken: Callable[[str], None],
     ) -> None:
         self.name, self.speed, self.penalty = name, speed, penalty
-        self.there = Keys.of([], owner="the target")
+        self.there = Keys.of([], remote=True)
         self.completed = 0
         self._nic = nic
         self._refresh, self._on_broken = refresh, on_broken
@@ -117,7 +117,7 @@ class RdmaRail:
         try:
             self._enqueue(plan, on_done)
         except OutsideError as outside:
-            if outside.keys is not self.there:
+            if not outside.keys.remote:
                 on_done(_unregistered(outside))
             else:
                 self._refresh(lambda failure: self._try_again(plan, on_done, failure))

@@ -38,7 +38,8 @@ class OutsideError(TransportError):
     """
 
     def __init__(self, address: int, keys: "Keys") -> None:
-        super().__init__(f"{address:#x} is in no region that {keys.owner} has registered: register it")
+        owner = "the target" if keys.remote else "this process"
+        super().__init__(f"{address:#x} is in no region that {owner} has registered: register it")
         self.keys = keys
 
 
@@ -52,20 +53,20 @@ class Keys(msgspec.Struct, frozen=True, eq=False):
         end: int64 [1 + n], one past the last byte.
         shift: int64 [1 + n], from an address to what the NIC calls it: 0, or for a dma-buf down to an offset.
         key: uint32 [1 + n], lkey or rkey.
-        owner: for messages.
+        remote: they are the target's.
     """
 
     start: NDArray[np.int64]
     end: NDArray[np.int64]
     shift: NDArray[np.int64]
     key: NDArray[np.uint32]
-    owner: str
+    remote: bool
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[int, int, int, int]], owner: str = "this process") -> Self:
+    def of(cls, rows: Sequence[tuple[int, int, int, int]], *, remote: bool = False) -> Self:
         """From rows (first byte, length, what the NIC calls the first byte, key) in any order."""
         start, length, base, key = np.array([(0, 0, 0, 0), *sorted(rows)], np.int64).T
-        return cls(start, start + length, base - start, key.astype(np.uint32), owner)
+        return cls(start, start + length, base - start, key.astype(np.uint32), remote)
 
     def row(self, address: NDArray[np.int64]) -> NDArray[np.intp]:
         """Row [n] of the region that begins at or below each address [n]; it may end before."""
