@@ -5,9 +5,8 @@ write leaves at once; while something is in flight it waits for that to land, as
 anyway, and for the writes that come meanwhile. Size, count and time bound the wait.
 
 How load sets the time: waiting is worth it if another write is likely to come before the wait ends. The wait
-ends when what is in flight lands, or after `max_delay_s`. So the delay is the shorter of the two, by a moving
-average of the time that flushes took to land, and a write waits only if the average gap between writes is
-shorter than that.
+ends when all that is in flight has landed, or after `max_delay_s`. So the delay is the shorter of the two, by
+a moving average of the time that took, and a write waits only if the average gap between writes is shorter.
 """
 
 from collections.abc import Sequence
@@ -45,38 +44,63 @@ class Flush(msgspec.Struct, frozen=True, eq=False):
     plan: CopyPlan
 
 
+class Load:
+    """How busy a target is: what the aggregators of one link learn together. Not thread-safe."""
+
+    def __init__(self, policy: BatchPolicy | None = None) -> None:
+        self.policy = policy or BatchPolicy()
+        self._added: float | None = None
+        self._flushed: float | None = None
+        self._gap = 0.0
+        self._landing = self.policy.max_delay_s
+
+    def added(self, now: float) -> None:
+        """A write has come."""
+        if self._added is not None:
+            # A pause tells no more than that the load has changed; a burst after it shall soon be seen.
+            gap = min(now - self._added, 4 * self.policy.max_delay_s)
+            self._gap += _GAIN * (gap - self._gap)
+        self._added = now
+
+    def flushed(self, now: float) -> None:
+        """Something has left."""
+        self._flushed = now
+
+    def idle(self, now: float) -> None:
+        """Nothing is in flight any more."""
+        if self._flushed is not None:
+            self._landing += _GAIN * (now - self._flushed - self._landing)
+            self._flushed = None
+
+    @property
+    def delay(self) -> float:
+        """How long a write waits for others while something is in flight [s]; 0 if none is likely to come."""
+        delay = min(self.policy.max_delay_s, self._landing)
+        return delay if self._gap < delay else 0.0
+
+
 class Aggregator:
     """Gathers the writes to one target under one key with one priority. Not thread-safe.
 
     Writes to the same target bytes are never in one flush, and leave in the order in which they were added.
-    Keep an aggregator for as long as its key lives: what it learned of the load goes with it.
     """
 
-    def __init__(self, policy: BatchPolicy | None = None) -> None:
-        self._policy = policy or BatchPolicy()
+    def __init__(self, load: Load | None = None) -> None:
+        self.load = load or Load()
         self._items: list[int] = []
         self._plans: list[CopyPlan] = []
         self._nbytes = 0
         self._low = self._high = 0  # all gathered target bytes lie in [low, high)
-        self._busy = False
-        self._added: float | None = None
-        self._oldest = self._flushed = 0.0
-        self._gap = 0.0
-        self._landing = self._policy.max_delay_s
+        self._oldest = 0.0
 
     def add(self, item: int, plan: CopyPlan, urgent: bool, now: float) -> list[Flush]:
-        """Take a write; returns what leaves now: it, gathered ones, both in their order, or nothing."""
-        policy = self._policy
-        if self._added is not None:
-            # A pause tells no more than that the load has changed; a burst after it shall soon be seen.
-            gap = min(now - self._added, 4 * policy.max_delay_s)
-            self._gap += _GAIN * (gap - self._gap)
-        self._added = now
+        """Take a write; returns what has to leave now, in its order. After the last that is there: `tick`."""
+        policy = self.load.policy
+        self.load.added(now)
         nbytes = whole_bytes(plan)
-        alone = urgent or nbytes > policy.small_bytes
-        if alone or not self._busy or not (self._items or self._gap < self._delay):
-            leaves = self._leave(now) if not alone or self._touches(plan) else []
-            self._busy, self._flushed = True, now
+        if urgent or nbytes > policy.small_bytes:
+            leaves = self._leave(now) if self._touches(plan) else []
+            self.load.flushed(now)
             return [*leaves, Flush((item,), plan)]
         low, high = _bounds(plan)
         if not self._items:
@@ -87,34 +111,23 @@ class Aggregator:
         self._low, self._high = min(self._low, low), max(self._high, high)
         if self._nbytes >= policy.max_bytes or len(self._items) >= policy.max_count:
             return self._leave(now)
-        return self.tick(now)
+        return []
 
-    def tick(self, now: float) -> list[Flush]:
-        """What has waited long enough."""
+    def tick(self, now: float, busy: bool) -> list[Flush]:
+        """What leaves because nothing is in flight to this target (not `busy`) or it waited long enough."""
         at = self.next_tick()
-        return [] if at is None or now < at else self._leave(now)
-
-    def idle(self, now: float) -> list[Flush]:
-        """Nothing to this target is in flight any more: what was gathered leaves."""
-        if self._busy:
-            self._landing += _GAIN * (now - self._flushed - self._landing)
-            self._busy = False
-        return self._leave(now)
+        return [] if at is None or (busy and now < at) else self._leave(now)
 
     def next_tick(self) -> float | None:
-        """When `tick` has something to do."""
-        return self._oldest + self._delay if self._items else None
-
-    @property
-    def _delay(self) -> float:
-        return min(self._policy.max_delay_s, self._landing)
+        """When `tick` has something to do although the target is busy."""
+        return self._oldest + self.load.delay if self._items else None
 
     def _leave(self, now: float) -> list[Flush]:
         if not self._items:
             return []
         items, plans = self._items, self._plans
         self._items, self._plans, self._nbytes = [], [], 0
-        self._busy, self._flushed = True, now
+        self.load.flushed(now)
         if len(items) == 1:
             return [Flush((items[0],), plans[0])]
         plan = _joined(plans)

@@ -29,6 +29,9 @@ from mooncake_connector.kv_transfer.transport.connect import open_link
 
 __all__ = ["Peer", "Priority", "Transfer", "TransferEngine"]
 
+CLOCK_S = 0.5e-3
+"""The least pause between two looks at what is due."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -274,8 +277,10 @@ class TransferEngine:
                 self._wake_at = None  # until it is known, everybody has to say so
                 self._wake_at = self._next_tick()
                 now = time.monotonic()
-                if not self._closed and (self._wake_at is None or self._wake_at > now):
-                    self._ticking.wait(None if self._wake_at is None else self._wake_at - now)
+                if not self._closed:
+                    # Whoever has a link's turn may be late: asking again and again would make it later.
+                    pause = None if self._wake_at is None else max(self._wake_at - now, CLOCK_S)
+                    self._ticking.wait(pause)
                 self._wake_at = 0.0  # awake, and about to look again
             now = time.monotonic()
             try:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from mooncake_connector.kv_transfer.batching import Aggregator, Flush
+from mooncake_connector.kv_transfer.batching import Aggregator, Flush, Load
 from mooncake_connector.kv_transfer.dispatcher import (
     Abandon,
     Action,
@@ -58,6 +58,7 @@ class Outbound:
         self._events: deque[Callable[[float], None]] = deque()
         self._turn = threading.Lock()
         self._due: float | None = None
+        self._tick_waits = False
         self._numbers = itertools.count(1)
         # Everything below belongs to the thread that has the turn.
         self._dispatcher = Dispatcher()
@@ -65,7 +66,8 @@ class Outbound:
         # A dispatched transfer stands for one submitted, or for a batch of small ones.
         self._running: dict[int, tuple[Transfer, ...]] = {}
         self._number_of: dict[Transfer, int] = {}
-        self._aggregators: dict[tuple[int, Priority], Aggregator] = {}
+        self._load = Load()
+        self._aggregators: dict[tuple[int, Priority], Aggregator] = {}  # those that hold something
         self._gathered: dict[int, Transfer] = {}
         self._questions: list[Callable[[float], None]] = []
         self._up = False
@@ -145,13 +147,9 @@ class Outbound:
 
     def tick(self) -> None:
         """Let deadlines pass, rails cool down, batches leave."""
-
-        def event(now: float) -> None:
-            self._perform(self._dispatcher.tick(now))
-            for (key, priority), aggregator in self._aggregators.items():
-                self._flush(key, priority, aggregator.tick(now), now)
-
-        self._feed(event)
+        if not self._tick_waits:
+            self._tick_waits = True
+            self._feed(self._ticked)
 
     # ------------------------------------------------------------------ LinkEvents
 
@@ -192,8 +190,11 @@ class Outbound:
         self._events.append(event)
         while self._events and self._turn.acquire(blocking=False):
             try:
-                while self._events:
-                    self._handle(self._events.popleft())
+                while self._events or self._aggregators:
+                    if self._events:
+                        self._handle(self._events.popleft())
+                    elif not self._handle(self._let_go):
+                        break
                 before, due = self._due, self._next_due()
                 self._due = due
             finally:
@@ -201,11 +202,16 @@ class Outbound:
             if due is not None and due != before:
                 self._wake(due)
 
-    def _handle(self, event: Callable[[float], None]) -> None:
+    def _ticked(self, now: float) -> None:
+        self._tick_waits = False
+        self._perform(self._dispatcher.tick(now))
+
+    def _handle(self, event: Callable[[float], object]) -> object:
         try:
-            event(time.monotonic())
+            return event(time.monotonic())
         except Exception:  # one transfer's trouble must not stop all others
             logger.exception("%s: transfers go on after an unexpected error", self.name)
+            return None
 
     def _next_due(self) -> float | None:
         due = self._dispatcher.next_tick()
@@ -235,13 +241,24 @@ class Outbound:
     ) -> None:
         aggregator = self._aggregators.get((key, priority))
         if aggregator is None:
-            if not self._running:
+            if not self._running and not self._events:
                 self._dispatch(key, plan, priority, None, (transfer,), now)
                 return
-            aggregator = self._aggregators[key, priority] = Aggregator()
+            aggregator = self._aggregators[key, priority] = Aggregator(self._load)
         item = next(self._numbers)
         self._gathered[item] = transfer
         self._flush(key, priority, aggregator.add(item, plan, urgent, now), now)
+
+    def _let_go(self, now: float) -> bool:
+        """All that came together was gathered: let go what is to leave now. Whether anything did."""
+        busy, left = bool(self._running), False
+        for (key, priority), aggregator in list(self._aggregators.items()):
+            flushes = aggregator.tick(now, busy)
+            self._flush(key, priority, flushes, now)
+            left = left or bool(flushes)
+            if aggregator.next_tick() is None:
+                del self._aggregators[key, priority]
+        return left
 
     def _flush(self, key: int, priority: Priority, flushes: Iterable[Flush], now: float) -> None:
         for flush in flushes:
@@ -277,12 +294,8 @@ class Outbound:
             del self._number_of[transfer]
         for transfer in transfers:
             transfer.end(finished.error)
-        if not self._running and self._aggregators:
-            now = time.monotonic()
-            for (key, priority), aggregator in list(self._aggregators.items()):
-                self._flush(key, priority, aggregator.idle(now), now)
-                if aggregator.next_tick() is None:
-                    del self._aggregators[key, priority]
+        if not self._running:
+            self._load.idle(time.monotonic())
 
     def _progress(self, transfer: Transfer) -> int:
         number = self._number_of.get(transfer)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooncake_connector.kv_transfer.batching import Aggregator, BatchPolicy, Flush
+from mooncake_connector.kv_transfer.batching import Aggregator, BatchPolicy, Flush, Load
 from mooncake_connector.kv_transfer.plan import CopyPlan
 from tests.unit.dispatcher_world import pairs_of
 
@@ -18,9 +18,33 @@ def write(at: int, nbytes: int = KIB) -> CopyPlan:
     return CopyPlan(address * np.uint64(3) + np.uint64(1 << 40), address, np.array([nbytes], np.uint64))
 
 
-def busy() -> Aggregator:
+class Gathering:
+    """An aggregator as a link uses it: one event at a time, busy from each flush until told otherwise."""
+
+    def __init__(self, policy: BatchPolicy | None = None) -> None:
+        self.aggregator = Aggregator(Load(policy))
+        self.busy = False
+
+    def add(self, item: int, plan: CopyPlan, urgent: bool, now: float) -> list[Flush]:
+        flushes = self.aggregator.add(item, plan, urgent, now)
+        return flushes + self.tick(now, self.busy or bool(flushes))
+
+    def tick(self, now: float, busy: bool = True) -> list[Flush]:
+        flushes = self.aggregator.tick(now, busy)
+        self.busy = busy or bool(flushes)
+        return flushes
+
+    def idle(self, now: float) -> list[Flush]:
+        self.aggregator.load.idle(now)
+        return self.tick(now, busy=False)
+
+    def next_tick(self) -> float | None:
+        return self.aggregator.next_tick()
+
+
+def busy() -> Gathering:
     """With one write in flight since 0 and writes expected every microsecond."""
-    aggregator = Aggregator()
+    aggregator = Gathering()
     assert [f.items for f in aggregator.add(0, write(0), False, 0.0)] == [(0,)]
     return aggregator
 
@@ -30,7 +54,7 @@ def items(flushes: list[Flush]) -> list[tuple[int, ...]]:
 
 
 def test_with_nothing_in_flight_a_write_leaves_at_once() -> None:
-    aggregator = Aggregator()
+    aggregator = Gathering()
     for i in range(3):
         assert items(aggregator.add(i, write(i * KIB), False, i * US)) == [(i,)]
         assert aggregator.idle(i * US + 0.5 * US) == []
@@ -100,7 +124,7 @@ def test_writes_to_the_same_bytes_share_no_flush() -> None:
 
 
 def test_rare_writes_are_not_held_up_although_something_is_in_flight() -> None:
-    aggregator = Aggregator()
+    aggregator = Gathering()
     now, waited = 0.0, 0
     for i in range(100):
         waited += not aggregator.add(i, write(i * KIB), False, now)
@@ -109,7 +133,7 @@ def test_rare_writes_are_not_held_up_although_something_is_in_flight() -> None:
 
 
 def test_a_burst_after_a_pause_is_soon_seen() -> None:
-    aggregator = Aggregator()
+    aggregator = Gathering()
     aggregator.add(0, write(0), False, 0.0)
     now = 3600.0
     alone = sum(bool(aggregator.add(i, write(i * KIB), False, now + i * US)) for i in range(1, 60))
@@ -117,7 +141,7 @@ def test_a_burst_after_a_pause_is_soon_seen() -> None:
 
 
 def test_the_delay_is_what_a_flush_takes_to_land() -> None:
-    aggregator = Aggregator()
+    aggregator = Gathering()
     now = 0.0
     for i in range(0, 200, 2):
         aggregator.add(i, write(i * KIB), False, now)
@@ -133,9 +157,7 @@ def test_the_delay_is_what_a_flush_takes_to_land() -> None:
     assert 5 * US < at - now < 30 * US
 
 
-def run(
-    aggregator: Aggregator | None, gap: float, count: int, fixed: float, each: float
-) -> tuple[int, float]:
+def run(aggregator: Gathering | None, gap: float, count: int, fixed: float, each: float) -> tuple[int, float]:
     """Writes every `gap` to a target that handles one message after the other, in `fixed` + `each` a write.
 
     Returns messages and the mean time from a write's arrival to its landing [s].
@@ -170,17 +192,17 @@ def run(
 def test_under_load_many_writes_share_a_message_and_land_sooner() -> None:
     """A message costs 20 us, a write in it 1 us: alone 10 us apart they can't be kept up with."""
     alone, alone_s = run(None, 10 * US, 5000, 20 * US, 1 * US)
-    gathered, gathered_s = run(Aggregator(), 10 * US, 5000, 20 * US, 1 * US)
+    gathered, gathered_s = run(Gathering(), 10 * US, 5000, 20 * US, 1 * US)
     assert alone == 5000
     assert gathered < alone / 2
     assert gathered_s < alone_s / 50
-    burst, _ = run(Aggregator(), 1 * US, 5000, 20 * US, 0.5 * US)
+    burst, _ = run(Gathering(), 1 * US, 5000, 20 * US, 0.5 * US)
     assert burst < 5000 / 20
 
 
 def test_without_load_nothing_is_lost() -> None:
     alone = run(None, 100 * US, 1000, 20 * US, 1 * US)
-    gathered = run(Aggregator(), 100 * US, 1000, 20 * US, 1 * US)
+    gathered = run(Gathering(), 100 * US, 1000, 20 * US, 1 * US)
     assert gathered[0] == alone[0] == 1000
     assert gathered[1] == pytest.approx(alone[1])
 
@@ -200,7 +222,7 @@ def test_every_write_leaves_once_and_those_to_the_same_bytes_in_order(
     script: list[tuple[object, ...]], max_count: int, max_bytes: int
 ) -> None:
     policy = BatchPolicy(small_bytes=8, max_bytes=max_bytes, max_count=max_count)
-    aggregator = Aggregator(policy)
+    aggregator = Gathering(policy)
     now, left, plans, added = 0.0, [], {}, {}  # type: ignore[var-annotated]
     for event in script:
         if event[0] == "add":
