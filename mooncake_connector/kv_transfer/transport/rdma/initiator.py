@@ -92,9 +92,12 @@ class RdmaRails:
         self._listeners = [(nic, lambda reason, nic=nic: self._nic_failed(nic, reason)) for nic in self._nics]
 
     def open(self) -> None:
-        """Ask the target for its NICs, and open all rails. Once, when a stream of the link is up."""
-        for nic, listener in self._listeners:
-            nic.listeners.append(listener)
+        """Open all rails, as soon as a stream of the link carries the questions. Once."""
+        with self._lock:
+            if self._closed:
+                return
+            for nic, listener in self._listeners:
+                nic.listeners.append(listener)
         self._insist(cards.NICS, cards.encode(cards.Hello(self._token)), self._met)
 
     def owns(self, rail: str) -> bool:

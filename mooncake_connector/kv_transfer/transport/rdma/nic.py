@@ -71,7 +71,6 @@ class RdmaNic:
             ) from failed
         self.mtu, self.lid, self.max_bytes = port.active_mtu, port.lid, port.max_msg_sz
         self.max_sge, self.max_depth = min(device.max_sge, MAX_SGE), device.max_qp_wr
-        self.max_cqe = device.max_cqe
         if self._events is None:
             log.warning("rdma: %s: its events can't be watched: failures show by writes", self.label)
         else:

@@ -62,7 +62,7 @@ class RdmaTarget:
     def __init__(
         self, nics: Sequence[RdmaNic], serve: Serve, *, penalty: Callable[[str], float] = lambda nic: 1.0
     ) -> None:
-        self._nics = {nic.label: nic for nic in sorted(nics, key=lambda nic: penalty(nic.label))}
+        self._nics = {nic.label: nic for nic in nics}
         self._penalty = penalty
         self._lock = threading.RLock()
         self._peers: dict[str, _Peer] = {}
@@ -114,10 +114,10 @@ class RdmaTarget:
 
     def _tell_nics(self, peer: str, body: bytes) -> bytes:
         self._known(peer, cards.decode(body, cards.Hello).token)
-        usable = [nic for nic in self._nics.values() if nic.problem() is None] or self._nics.values()
-        return cards.encode(
-            cards.Nics([cards.NicCard(n.label, n.gid, n.speed, self._penalty(n.label)) for n in usable])
-        )
+        nics = list(self._nics.values())
+        usable = [nic for nic in nics if nic.problem() is None] or nics
+        told = [cards.NicCard(nic.label, nic.gid, nic.speed, self._penalty(nic.label)) for nic in usable]
+        return cards.encode(cards.Nics(sorted(told, key=lambda card: card.penalty)))
 
     def _tell_regions(self, peer: str, body: bytes) -> bytes:
         which = cards.decode(body, cards.Which)
