@@ -165,6 +165,8 @@ def test_a_port_that_goes_down_breaks_its_rails(world: World) -> None:
     for listener in world.nic.listeners:
         listener("the port of a went down")
     assert world.log == ["down the port of a went down"]
+    world.answer(cards.FENCE, b"")
+    assert world.rails.marks() == (), "the target has counted what landed"
 
 
 def test_nothing_follows_a_close(world: World) -> None:
