@@ -244,6 +244,11 @@ class TransferEngine:
             self._fabric.close()
         self._regions.clear()
 
+    @property
+    def outbounds(self) -> tuple[Outbound, ...]:
+        """The links to all targets, for metrics."""
+        return tuple(self._outbounds)
+
     # ------------------------------------------------------------------ inside
 
     def readable(self, peer: str, plan: CopyPlan) -> bool:
