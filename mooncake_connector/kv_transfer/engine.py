@@ -119,7 +119,8 @@ class TransferEngine:
         """An address by which one initiator can write and read these regions, until `fence`.
 
         Args:
-            peer: a name for that initiator; a second offer under a name ends the first.
+            peer: a name for that initiator; a second offer under a name fences the first. Offer memory anew
+                under the same name when a link failed: the target may notice that later than the initiator.
         """
         peer = peer or f"peer-{next(self._names)}"
         missing = [region for region in regions if region not in self._regions]

@@ -28,7 +28,8 @@ class End:
         self._peer: Peer
 
     def offer(self) -> str:
-        return self._engine.offer([self._region])
+        # Under one name: what an earlier link still has under way can't land any more.
+        return self._engine.offer([self._region], peer="initiator")
 
     def connect(self, address: str) -> None:
         self._peer = self._engine.connect(address)
