@@ -38,24 +38,25 @@ fresh() { # the same; where it fails, once more with new lists: images come with
 
 [ "$(uname -sm)" = "Linux x86_64" ] || missing "the soft-RoCE guest is for Linux on AMD64, this is $(uname -sm)"
 
+install() { # PACKAGE...
+    [ $# -gt 0 ] || return 0
+    local command="apt-get install --no-install-recommends $*"
+    command -v apt-get >/dev/null || missing "$LACKING $* (packages of Debian, which this is not)"
+    [ "$(id -u)" = 0 ] || missing "$LACKING packages: sudo $command"
+    echo "rdma: $command" >&2
+    fresh install --no-install-recommends -y "$@" || missing "$LACKING packages: $command said: $why"
+}
+
+libraries="$(ldconfig -p)"
 packages=()
 wants() { command -v "$1" >/dev/null || packages+=("$2"); }
 wants qemu-system-x86_64 qemu-system-x86
-wants ip iproute2
 wants rdma iproute2
 wants modprobe kmod
 wants cpio cpio
-libraries="$(ldconfig -p)"
 [[ "$libraries" = *libibverbs.so.1* && -e /etc/libibverbs.d/rxe.driver ]] || packages+=(ibverbs-providers)
 [[ "$libraries" = *librdmacm.so.1* ]] || packages+=(librdmacm1)
-if [ ${#packages[@]} -gt 0 ]; then
-    install="apt-get install --no-install-recommends $(printf '%s\n' "${packages[@]}" | sort -u | xargs)"
-    command -v apt-get >/dev/null || missing "$LACKING ${packages[*]} (packages of Debian, which this is not)"
-    [ "$(id -u)" = 0 ] || missing "$LACKING ${packages[*]}: sudo $install"
-    echo "rdma: $install" >&2
-    # shellcheck disable=SC2086
-    fresh ${install#apt-get } -y || missing "$LACKING ${packages[*]}: $install said: $why"
-fi
+install "${packages[@]}"
 
 stamp="$(cat scripts/rdma/prepare.sh scripts/rdma/init.sh | sha256sum | cut -d' ' -f1)"
 mkdir -p "$CACHE"
@@ -102,10 +103,9 @@ if [ "$(cat "$CACHE/stamp" 2>/dev/null || true)" != "$stamp" ]; then
     echo "$stamp" >"$CACHE/stamp"
 fi
 
-if [ -x .venv/bin/python ]; then
-    suffix="$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')"
-    if [ ! -e "$CACHE/pyverbs/pyverbs/device$suffix" ]; then
-        theirs="$(basename "$CACHE"/pyverbs/pyverbs/device.*.so | sed -n 's/.*cpython-3\([0-9]*\).*/python3.\1/p')"
-        missing "python3-pyverbs is for $theirs, .venv has another: rm -rf .venv; PYTHON=$theirs make setup"
-    fi
+# pyverbs was built for the system's Python, and is linked to its library whichever Python of that version loads it.
+python="$(basename "$CACHE"/pyverbs/pyverbs/device.*.so | sed -n 's/.*cpython-3\([0-9]*\).*/python3.\1/p')"
+[[ "$libraries" = *"lib$python.so.1.0"* ]] || install "lib$python"
+if [ -x .venv/bin/python ] && [ ! -e ".venv/bin/$python" ]; then
+    missing "pyverbs here is for $python, .venv has another: rm -rf .venv; PYTHON=$python make setup"
 fi
