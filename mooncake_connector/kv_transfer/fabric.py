@@ -5,6 +5,8 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from mooncake_connector.config import TransferConfig
 from mooncake_connector.errors import ConfigError, TransportError
 from mooncake_connector.kv_transfer.memory import Region
@@ -33,7 +35,7 @@ class Fabric:
         self._rules = NicRules.of(allow=allow, override=config.topology or None)
         self._topology = discover()
         self._rules.check(self._topology)
-        self._matrix = Matrix.of(self._topology, self._rules, kind="rdma")
+        self._matrix = _distances(self._topology, self._rules)
         gid = config.rdma_gid_index
         self._devices = RdmaDevices(
             self._topology.nics, wanted=config.rdma_devices, gid_index=None if gid < 0 else gid
@@ -88,7 +90,13 @@ class Fabric:
         for change in changes:
             logger.info("NIC %s: %s", change.nic.name, change.kind)
         self._topology = topology
-        self._matrix = Matrix.of(topology, self._rules, kind="rdma")
+        self._matrix = _distances(topology, self._rules)
+
+
+def _distances(topology: Topology, rules: NicRules) -> Matrix:
+    """The matrix as if every port were up: how far a NIC is does not change when its cable is pulled."""
+    nics = tuple(msgspec.structs.replace(nic, state="ACTIVE") for nic in topology.nics)
+    return Matrix.of(msgspec.structs.replace(topology, nics=nics), rules, kind="rdma")
 
 
 def open_fabric(config: TransferConfig, serve: Serve) -> Fabric | None:

@@ -22,6 +22,9 @@ from mooncake_connector.kv_transfer.rails import RailSpec
 from mooncake_connector.kv_transfer.transfer import Transfer
 from mooncake_connector.kv_transfer.transport.base import Failure, Link, Mark, Rail
 
+FARTHEST = 1e3
+"""The largest penalty: of a rail that has been made although nothing speaks for its NIC."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -156,7 +159,8 @@ class Outbound:
     def rail_up(self, rail: Rail) -> None:
         if rail.path not in self._ranks:
             return
-        spec = RailSpec(rail.name, rail.path, self._ranks[rail.path], rail.speed, rail.penalty)
+        penalty = min(max(rail.penalty, 1.0), FARTHEST)
+        spec = RailSpec(rail.name, rail.path, self._ranks[rail.path], rail.speed, penalty)
 
         def event(now: float) -> None:
             logger.info("%s: rail %s is up", self.name, rail.name)

@@ -106,9 +106,10 @@ class RdmaTarget:
             on_seen()
 
     def close(self) -> None:
-        """Destroy all rails of all peers."""
-        for peer in list(self._peers):
-            self.fence_peer(peer)
+        """Destroy all rails of all peers; also what another thread is destroying is gone when this returns."""
+        with self._lock:
+            for peer in list(self._peers):
+                self.fence_peer(peer)
 
     # ------------------------------------------------------------------ questions
 
