@@ -118,23 +118,9 @@ def settle(limit_s: float, at_most: float = 0.1) -> float:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as text: a line for each subject and metric, a column for each case."""
-    cases = list(dict.fromkeys(_case(row) for row in rows if row.get("case")))
-    lines = [["subject", "metric", *(cases or [""])]]
-    for subject, metric in dict.fromkeys((row["subject"], row["metric"]) for row in rows):
-        mine = [row for row in rows if (row["subject"], row["metric"]) == (subject, metric)]
-        cells = {_case(row): _cell(row) for row in mine}
-        unit = mine[0]["unit"]
-        why = next((row["note"] for row in mine if row.get("note")), "")
-        lines.append([subject, f"{metric} {unit}", *(cells.get(case, "-") for case in cases or [""])])
-        if why:
-            lines[-1] = [subject, f"{metric} {unit}", why]
-    widths = [
-        max(len(line[at]) for line in lines if at < len(line) and len(line) == len(lines[0]))
-        for at in range(len(lines[0]))
-    ]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)) for line in lines]
-    return "\n".join(line.rstrip() for line in text)
+    """Rows as text, a block for each metric: a line for each subject, a column for each case."""
+    metrics = dict.fromkeys(row["metric"] for row in rows)
+    return "\n\n".join(_block([row for row in rows if row["metric"] == metric]) for metric in metrics)
 
 
 def machine() -> dict[str, object]:
@@ -159,6 +145,20 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def _block(rows: Sequence[Row]) -> str:
+    cases = list(dict.fromkeys(_case(row) for row in rows if row.get("case")))
+    lines = [[f"{rows[0]['metric']} [{rows[0]['unit']}]", *(cases or [""])]]
+    for subject in dict.fromkeys(row["subject"] for row in rows):
+        mine = [row for row in rows if row["subject"] == subject]
+        cells = {_case(row): _cell(row) for row in mine}
+        why = next((row["note"] for row in mine if row.get("note")), "")
+        lines.append([subject, why] if why else [subject, *(cells.get(case, "-") for case in cases or [""])])
+    full = [line for line in lines if len(line) == len(lines[0])]
+    widths = [max(len(line[at]) for line in full) for at in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)) for line in lines]
+    return "\n".join(line.rstrip() for line in text)
+
+
 def _case(row: Row) -> str:
     return ", ".join(f"{name}={value}" for name, value in row.get("case", {}).items())
 
@@ -167,8 +167,12 @@ def _cell(row: Row) -> str:
     value = row.get("value")
     if value is None:
         return "not run"
-    spread = f" ({row['min']:.3g}-{row['max']:.3g})" if "min" in row else ""
-    return f"{value:.3g}{spread}"
+    spread = f" ({_number(row['min'])}-{_number(row['max'])})" if row.get("samples", 1) > 1 else ""
+    return f"{_number(value)}{spread}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _cpu_ticks() -> tuple[int, int]:
