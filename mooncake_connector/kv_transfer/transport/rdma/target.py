@@ -106,7 +106,7 @@ class RdmaTarget:
             on_seen()
 
     def close(self) -> None:
-        """Destroy all rails of all peers; also what another thread is destroying is gone when this returns."""
+        """Destroy all rails of all peers; what another thread is destroying is gone then, too."""
         with self._lock:
             for peer in list(self._peers):
                 self.fence_peer(peer)
