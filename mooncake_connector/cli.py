@@ -27,7 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = vars(parser.parse_args(arguments))
     try:
-        return {"proxy": _proxy, "topology": _topology}[options.pop("command")](options)
+        status = {"proxy": _proxy, "topology": _topology}[options.pop("command")](options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except MooncakeError as error:
         print(f"mooncake-connector: {error}", file=sys.stderr)
         return 2
