@@ -32,9 +32,9 @@ class BatchPolicy(msgspec.Struct, frozen=True):
     """
 
     small_bytes: int = 64 << 10
-    max_bytes: int = 1 << 20
+    max_bytes: int = 2 << 20
     max_count: int = 256
-    max_delay_s: float = 200e-6
+    max_delay_s: float = 1e-3
 
 
 class Flush(msgspec.Struct, frozen=True, eq=False):

@@ -168,6 +168,11 @@ class Dispatcher:
             self._pump(now, actions)
         return actions
 
+    def idle_rail(self) -> str | None:
+        """The rail that a small transfer would take, if none is under way."""
+        choice = None if self._transfers else self.rails.choose(1, 1, (), False, self._now)
+        return None if choice is None or choice[0].health is not Health.UP else choice[0].spec.name
+
     def progress(self, transfer: int) -> int:
         """Bytes that have landed of a transfer that is under way; 0 for others."""
         t = self._transfers.get(transfer)

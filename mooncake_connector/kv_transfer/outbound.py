@@ -6,7 +6,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import inf
 
+from mooncake_connector.errors import TransferError
 from mooncake_connector.kv_transfer.batching import Aggregator, Flush, Load
 from mooncake_connector.kv_transfer.dispatcher import (
     Abandon,
@@ -19,8 +21,9 @@ from mooncake_connector.kv_transfer.dispatcher import (
 )
 from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.rails import RailSpec
+from mooncake_connector.kv_transfer.slicing import whole_bytes
 from mooncake_connector.kv_transfer.transfer import Transfer
-from mooncake_connector.kv_transfer.transport.base import Failure, Link, Mark, Rail
+from mooncake_connector.kv_transfer.transport.base import Failure, Link, Mark, Rail, SyncRail
 
 FARTHEST = 1e3
 """The largest penalty: of a rail that has been made although nothing speaks for its NIC."""
@@ -62,10 +65,14 @@ class Outbound:
         self._turn = threading.Lock()
         self._due: float | None = None
         self._tick_waits = False
+        self._stirred = True  # the dispatcher's next tick may have changed
+        self._dispatcher_due: float | None = None
+        self._gather_due = 0.0
         self._numbers = itertools.count(1)
         # Everything below belongs to the thread that has the turn.
         self._dispatcher = Dispatcher()
         self._rails: dict[str, Rail] = {}
+        self._sync_rails: dict[str, SyncRail] = {}
         # A dispatched transfer stands for one submitted, or for a batch of small ones.
         self._running: dict[int, tuple[Transfer, ...]] = {}
         self._number_of: dict[Transfer, int] = {}
@@ -93,7 +100,7 @@ class Outbound:
         urgent: bool = False,
     ) -> Transfer:
         """Enqueue a copy; see `TransferEngine.submit`. `deadline` in seconds from now."""
-        transfer = Transfer(plan.nbytes, self._progress, self._cancel)
+        transfer = Transfer(whole_bytes(plan), self._progress, self._cancel)
         at = None if deadline is None else time.monotonic() + deadline
 
         def event(now: float) -> None:
@@ -107,6 +114,28 @@ class Outbound:
 
         self._feed(event)
         return transfer
+
+    def write_now(self, key: int, plan: CopyPlan, timeout: float) -> None:
+        """Copy, and return when all has landed; see `TransferEngine.write_now`."""
+        rail = self._idle_rail()
+        if rail is not None:
+            failure = rail.write_sync(key, plan, timeout)
+            if failure is None:
+                return
+            if not failure.retry:
+                raise TransferError(failure.reason)
+        self.submit(key, plan, deadline=timeout).wait()
+
+    def _idle_rail(self) -> SyncRail | None:
+        """The rail that a write would take now, if it can be waited on and nothing else is under way."""
+        if not self._turn.acquire(blocking=False):
+            return None
+        try:
+            name = None if self._running or self._events else self._dispatcher.idle_rail()
+            return self._sync_rails.get(name) if name is not None else None
+        finally:
+            self._turn.release()
+            self._drain()
 
     def marks(self) -> tuple[Mark, ...]:
         """What the target has to see before it may use what has landed until now."""
@@ -165,6 +194,8 @@ class Outbound:
         def event(now: float) -> None:
             logger.info("%s: rail %s is up", self.name, rail.name)
             self._rails[rail.name] = rail
+            if isinstance(rail, SyncRail):
+                self._sync_rails[rail.name] = rail
             if not self._up:
                 self._up = True
                 self._on_up()
@@ -178,6 +209,7 @@ class Outbound:
         def event(now: float) -> None:
             logger.warning("%s: rail %s is down: %s", self.name, name, reason)
             self._rails.pop(name, None)
+            self._sync_rails.pop(name, None)
             self._perform(self._dispatcher.rail_down(name, reason, now))
 
         self._feed(event)
@@ -192,6 +224,9 @@ class Outbound:
 
     def _feed(self, event: Callable[[float], None]) -> None:
         self._events.append(event)
+        self._drain()
+
+    def _drain(self) -> None:
         while self._events and self._turn.acquire(blocking=False):
             try:
                 while self._events or self._aggregators:
@@ -218,11 +253,11 @@ class Outbound:
             return None
 
     def _next_due(self) -> float | None:
-        due = self._dispatcher.next_tick()
-        for aggregator in self._aggregators.values():
-            at = aggregator.next_tick()
-            if at is not None and (due is None or at < due):
-                due = at
+        if self._stirred:
+            self._stirred, self._dispatcher_due = False, self._dispatcher.next_tick()
+        due = self._dispatcher_due
+        if self._aggregators and (due is None or self._gather_due < due):
+            return self._gather_due
         return due
 
     def _dispatch(
@@ -249,6 +284,7 @@ class Outbound:
                 self._dispatch(key, plan, priority, None, (transfer,), now)
                 return
             aggregator = self._aggregators[key, priority] = Aggregator(self._load)
+            self._gather_due = 0.0
         item = next(self._numbers)
         self._gathered[item] = transfer
         self._flush(key, priority, aggregator.add(item, plan, urgent, now), now)
@@ -256,12 +292,18 @@ class Outbound:
     def _let_go(self, now: float) -> bool:
         """All that came together was gathered: let go what is to leave now. Whether anything did."""
         busy, left = bool(self._running), False
+        if busy and self._gather_due > now:
+            return False
+        self._gather_due = inf
         for (key, priority), aggregator in list(self._aggregators.items()):
             flushes = aggregator.tick(now, busy)
             self._flush(key, priority, flushes, now)
             left = left or bool(flushes)
-            if aggregator.next_tick() is None:
+            at = aggregator.next_tick()
+            if at is None:
                 del self._aggregators[key, priority]
+            else:
+                self._gather_due = min(self._gather_due, at)
         return left
 
     def _flush(self, key: int, priority: Priority, flushes: Iterable[Flush], now: float) -> None:
@@ -270,6 +312,7 @@ class Outbound:
             self._dispatch(key, flush.plan, priority, None, transfers, now)
 
     def _perform(self, actions: Sequence[Action]) -> None:
+        self._stirred = True
         for action in actions:
             match action:
                 case Post():
@@ -285,7 +328,7 @@ class Outbound:
 
     def _post(self, post: Post) -> None:
         number = post.slice
-        self._sent[post.rail] = self._sent.get(post.rail, 0) + post.plan.nbytes
+        self._sent[post.rail] = self._sent.get(post.rail, 0) + whole_bytes(post.plan)
 
         def ended(failure: Failure | None) -> None:
             self._feed(lambda now: self._perform(self._dispatcher.slice_ended(number, failure, now)))
@@ -320,6 +363,7 @@ class Outbound:
             return
         self._down = reason
         self._rails.clear()
+        self._sync_rails.clear()
         self._events.extend(self._questions)
         self._questions.clear()
         waiting = list(self._gathered.values())

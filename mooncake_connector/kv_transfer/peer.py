@@ -23,12 +23,14 @@ class Address(msgspec.Struct, frozen=True):
         key: of the grant.
         regions: the memory that it covers.
         paths: ways that the target can be reached by, the preferred first.
+        pid: of the target, which process_vm has to let read the initiator's memory.
     """
 
     endpoint: Endpoint
     key: int
     regions: tuple[Region, ...]
     paths: tuple[str, ...]
+    pid: int
 
     def __str__(self) -> str:
         return _SCHEME + base64.urlsafe_b64encode(msgspec.msgpack.encode(self)).decode()

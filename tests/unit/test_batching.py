@@ -87,8 +87,8 @@ def test_count_and_size_and_time() -> None:
     assert [len(f) for f in flushes] == [0] * (policy.max_count - 1) + [1]
 
     aggregator = busy()
-    flushes = [aggregator.add(i, write(i * 64 * KIB, 64 * KIB), False, i * US) for i in range(1, 17)]
-    assert [len(f) for f in flushes] == [0] * 15 + [1]
+    flushes = [aggregator.add(i, write(i * 64 * KIB, 64 * KIB), False, i * US) for i in range(1, 33)]
+    assert [len(f) for f in flushes] == [0] * 31 + [1]
     assert flushes[-1][0].plan.nbytes == policy.max_bytes
 
     aggregator = busy()
@@ -128,7 +128,7 @@ def test_rare_writes_are_not_held_up_although_something_is_in_flight() -> None:
     now, waited = 0.0, 0
     for i in range(100):
         waited += not aggregator.add(i, write(i * KIB), False, now)
-        now += 1e-3  # five times the longest delay; what is in flight takes longer
+        now += 5e-3  # five times the longest delay; what is in flight takes longer
     assert waited <= 1  # before the rate was known
 
 

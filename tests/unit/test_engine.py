@@ -243,3 +243,23 @@ def test_the_example_runs() -> None:
     ran = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout == "arrived: 1048576 262144.0\n"
+
+
+def test_write_now_lands_small_and_large_and_says_what_failed(two: Two) -> None:
+    """Whatever way it takes: first on a link that is not up yet, then on an idle one, then beside others."""
+    page = two.plan(pages(1, 5), pages(1, 6))
+    two.initiator.write_now(page, to=two.peer)
+    for seed in range(20):
+        two.initiator.write_now(two.plan(pages(1, seed), pages(1, seed)), to=two.peer)
+    two.initiator.write_now(two.plan(pages(300, 7), pages(300, 7)), to=two.peer)
+    others = [two.initiator.write(two.peer, two.source) for _ in range(4)]
+    two.initiator.write_now(two.plan(pages(1, 9), pages(1, 9)), to=two.peer)
+    for other in others:
+        other.wait(10)
+    assert np.array_equal(two.memory, two.source)
+    with pytest.raises(TransferError, match="12345"):
+        two.initiator.write_now(page, to=two.peer, key=12345)
+    two.initiator.write_now(page, to=two.peer)
+    two.target.close()
+    with pytest.raises(TransferError):
+        two.initiator.write_now(page, to=two.peer, timeout=5)

@@ -13,7 +13,7 @@ Two rules that every transport obeys:
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -101,6 +101,20 @@ class Rail(Protocol):
         `on_done(None)` is called from a transport thread once every byte has landed (over a one-sided
         transport: once it is acknowledged, and the target has to see `Link.marks` before it looks). Called
         exactly once for each write, on a rail that is down before `write` returns.
+        """
+
+
+@runtime_checkable
+class SyncRail(Rail, Protocol):
+    """A rail that a caller can wait on with few hand-overs between threads, or none."""
+
+    def write_sync(self, key: int, plan: CopyPlan, timeout: float) -> Failure | None:
+        """`write`, and wait until every byte has landed, or nothing of it can land any more.
+
+        Must not be called by whoever handles the link's events.
+
+        Args:
+            timeout: seconds without an answer after which the rail is given up.
         """
 
 
