@@ -16,7 +16,7 @@ from mooncake_connector.kv_transfer.transport import (
     Receiver,
     SourceIdentity,
     identity,
-    stream,
+    outgoing,
     wire,
 )
 from mooncake_connector.kv_transfer.transport.checksum import xxh3
@@ -238,6 +238,14 @@ def test_a_stranger_can_not_join_a_link(fields: dict[str, object]) -> None:
     receiver.close()
 
 
+@pytest.mark.parametrize("address", [-1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("field", ["challenge_address", "mailbox_address"])
+def test_addresses_that_can_not_be_are_refused(field: str, address: int) -> None:
+    receiver = Receiver()
+    assert "malformed" in str(Raw(receiver.admit("p"), **{field: address}).welcome.refusal)
+    receiver.close()
+
+
 def test_fences_are_refused_for_oneself_and_for_connections_that_are_none() -> None:
     receiver = Receiver()
     raw = Raw(receiver.admit("p"))
@@ -287,7 +295,13 @@ def claim(**fields: object) -> SourceIdentity:
 
 
 @pytest.mark.parametrize(
-    ("source", "reason"), [({"host_id": "elsewhere"}, "another host"), ({"pid": 2**22}, "No such process")]
+    ("source", "reason"),
+    [
+        ({"host_id": "elsewhere"}, "another host"),
+        ({"pid": 2**22}, "No such process"),
+        ({"pid": 2**40}, "process 1099511627776"),
+        ({"pid": -1}, "process -1"),
+    ],
 )
 def test_an_unreadable_initiator_gets_tcp_alone(source: dict[str, object], reason: str) -> None:
     receiver = Receiver()
@@ -362,7 +376,7 @@ def test_a_mismatch_fails_the_write_and_may_be_tried_again(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World(1, (path,), checksum=True)
-    monkeypatch.setattr(stream, "xxh3", lambda address, length: 1)
+    monkeypatch.setattr(outgoing, "xxh3", lambda address, length: 1)
     failure = world.write(f"{path}-0").wait()
     assert failure.retry
     assert "checksum mismatch" in failure.reason

@@ -18,6 +18,7 @@ from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.transport import (
     Endpoint,
     Failure,
+    Landed,
     Rail,
     Receiver,
     SourceIdentity,
@@ -25,6 +26,7 @@ from mooncake_connector.kv_transfer.transport import (
     identity,
     wire,
 )
+from mooncake_connector.kv_transfer.transport.stream import StreamRail
 
 SLICE_BYTES = 1 << 20
 
@@ -223,6 +225,24 @@ class Initiator:
         until(lambda: link.kinds().count(("fenced", rail)) > fences, 5, "fenced")
         return [failure.reason for done in dones if (failure := done.wait()) is not None]
 
+    def break_sync(self, key: int, dst: int, rail: str, wait_ms: float) -> None:
+        """Break a rail on which one thread writes small writes all the time, and return once it is fenced."""
+        link = self._link
+        writer = link.rails[rail]
+        assert isinstance(writer, StreamRail)
+
+        def run() -> None:
+            while writer.write_sync(key, copy(self._memory.ctypes.data, dst, 4096)) is None:
+                pass
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        time.sleep(wait_ms / 1000)
+        fences = link.kinds().count(("fenced", rail))
+        link.link.abandon(rail, "stuck")
+        until(lambda: link.kinds().count(("fenced", rail)) > fences, 5, "fenced")
+        thread.join()
+
     def restore(self, rail: str) -> None:
         self._link.link.restore(rail)
         self._link.up()
@@ -245,3 +265,9 @@ class HeldTarget:
         address = self._memory.ctypes.data
         self._receiver.grant(key, peer, span(address, self._memory.size))
         return self._receiver.admit(peer), address
+
+    def read(self, at: int, nbytes: int) -> bytes:
+        return self._memory[at : at + nbytes].tobytes()
+
+    def revoke(self, key: int) -> Landed:
+        return self._receiver.revoke(key)

@@ -1,11 +1,13 @@
 """Permissions to write, and the fence that takes them back."""
 
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 
 from mooncake_connector.errors import TransportError
-from mooncake_connector.kv_transfer.memory import Ranges, U64Array
+from mooncake_connector.kv_transfer.memory import Ranges
 from mooncake_connector.kv_transfer.transport.base import Landed
+from mooncake_connector.kv_transfer.transport.wire import Frame
 
 
 class Grant:
@@ -18,19 +20,24 @@ class Grant:
     def __init__(self, peer: str, ranges: Ranges) -> None:
         self.peer = peer
         self._ranges = ranges
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._inside = 0
         self._revoked = False
         self._nbytes = 0
         self._writes = 0
 
-    def covers(self, dst: U64Array, length: U64Array) -> bool:
-        """Whether all ranges [n] lie inside the granted ones."""
-        return self._ranges.cover(dst, length)
+    def covers(self, frame: Frame) -> bool:
+        """Whether all that a frame writes lies inside the granted ranges."""
+        if frame.table is not None:
+            return self._ranges.cover(frame.table[0], frame.table[1])
+        first, length, _ = frame.first
+        at = bisect_right(self._ranges.start, first) - 1
+        return not frame.ranges or (at >= 0 and first + length <= int(self._ranges.end[at]))
 
     def enter(self) -> bool:
         """Whether a write may start now; if so, `leave` must follow."""
-        with self._changed:
+        with self._lock:
             if self._revoked:
                 return False
             self._inside += 1
@@ -38,7 +45,7 @@ class Grant:
 
     def leave(self, nbytes: int) -> None:
         """The write has ended and landed `nbytes`."""
-        with self._changed:
+        with self._lock:
             self._inside -= 1
             self._nbytes += nbytes
             if self._revoked and not self._inside:
@@ -46,7 +53,7 @@ class Grant:
 
     def write_landed(self) -> None:
         """Count a write that landed as a whole."""
-        with self._changed:
+        with self._lock:
             self._writes += 1
 
     def revoke(self) -> Landed:

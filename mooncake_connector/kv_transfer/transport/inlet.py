@@ -2,14 +2,21 @@
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 from mooncake_connector.errors import TransportError
 from mooncake_connector.kv_transfer.transport import wire
 from mooncake_connector.kv_transfer.transport.checksum import xxh3
 from mooncake_connector.kv_transfer.transport.grants import Grant, GrantTable
+from mooncake_connector.kv_transfer.transport.mailbox import SPIN_S, Visitor
 from mooncake_connector.kv_transfer.transport.process_vm import Source
 from mooncake_connector.kv_transfer.transport.tcp import Inbox
+
+SMALL_BYTES = 64 << 10
+"""After frames up to this size the next is looked for."""
+
+_LOOKS = 4
 
 
 class Inlet:
@@ -21,6 +28,7 @@ class Inlet:
 
     Attributes:
         source: the initiator's memory, if that can be read by process_vm.
+        visitor: the initiator's mailbox, if it has one.
     """
 
     def __init__(
@@ -34,11 +42,13 @@ class Inlet:
     ) -> None:
         self.index, self.incarnation = hello.index, hello.incarnation
         self.source: Source | None = None
+        self.visitor: Visitor | None = None
         self._sock, self._peer, self._grants = sock, peer, grants
         self._answer, self._on_mismatch = answer, on_mismatch
         self._inbox = Inbox(sock)
         self._landing = threading.Lock()
         self._closed = False
+        self._awake = False
         self._write = -1
         self._whole = True
 
@@ -58,11 +68,15 @@ class Inlet:
             TransportError: The peer broke a rule.
         """
         while True:
+            if self._awake:
+                self._watch()
             frame = wire.get_frame(self._sock)
+            self._awake = frame.nbytes <= SMALL_BYTES
             breach = None
             if frame.kind == wire.QUESTION:
-                topic = wire.exactly(self._sock, frame.topic_bytes).decode(errors="replace")
+                topic = wire.exactly(self._sock, frame.ranges).decode(errors="replace")
                 body = bytes(wire.exactly(self._sock, frame.nbytes))
+                self._visit()  # the answer means that what was left there before the question is done
                 status, said = self._answered(topic, body)
             else:
                 status, reason, breach = self._land(frame)
@@ -70,6 +84,33 @@ class Inlet:
             wire.put_reply(self._sock, frame.number, status, said)
             if breach is not None:
                 raise TransportError(breach)
+
+    def _watch(self) -> None:
+        """After a small frame the next may come any moment: look for it a while, before going to sleep."""
+        end = time.perf_counter() + SPIN_S
+        while time.perf_counter() < end:
+            if self._inbox.readable():
+                return
+            for _ in range(_LOOKS):
+                if self._visit():
+                    end = time.perf_counter() + SPIN_S
+
+    def _visit(self) -> bool:
+        """Land what the initiator has left in its mailbox: whether there was something."""
+        if self.visitor is None:
+            return False
+        try:
+            head = self.visitor.look()
+            if head is None:
+                return False
+            status = wire.FAILED
+            frame = wire.parse_head(head)
+            if frame.kind == wire.REFERENCE and frame.ranges == 1:
+                status = self._land(frame)[0]
+            self.visitor.answer(status)
+        except OSError:  # not the connection's end: frames that come by it are refused with the reason
+            self.visitor = None
+        return True
 
     def _answered(self, topic: str, body: bytes) -> tuple[int, bytes]:
         try:
@@ -85,7 +126,8 @@ class Inlet:
         if not grant.enter():  # others may write there by now
             return wire.REFUSED, f"key {frame.key} was revoked"
         try:
-            found = xxh3(frame.dst, frame.length)
+            dst, length, _ = frame.columns()
+            found = xxh3(dst, length)
         finally:
             grant.leave(0)
         if found == frame.checksum:
@@ -104,7 +146,7 @@ class Inlet:
             if self._closed:
                 raise EOFError("the connection was closed here")
             grant, known = self._grants.find(frame.key, self._peer)
-            if grant is not None and grant.covers(frame.dst, frame.length):
+            if grant is not None and grant.covers(frame):
                 if frame.kind == wire.PAYLOAD:
                     status, reason = self._inbox.land(frame, grant)
                 elif self.source is not None:

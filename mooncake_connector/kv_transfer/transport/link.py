@@ -6,6 +6,7 @@ import os
 import secrets
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
@@ -16,8 +17,9 @@ import msgspec
 from mooncake_connector.errors import TransportError
 from mooncake_connector.kv_transfer.transport import wire
 from mooncake_connector.kv_transfer.transport.base import Endpoint, Failure, LinkEvents, Mark, SourceIdentity
+from mooncake_connector.kv_transfer.transport.outgoing import OnAnswer, call
 from mooncake_connector.kv_transfer.transport.process_vm import identity
-from mooncake_connector.kv_transfer.transport.stream import PATHS, OnAnswer, Stream, call
+from mooncake_connector.kv_transfer.transport.stream import PATHS, Stream
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ class _Slot:
     Attributes:
         open: names of its rails that can be used.
         owed: names of its rails that went down and were not reported as fenced.
-        asked: the target was asked to fence it.
+        due: it is being fenced, and until then (monotonic clock) the target has time to confirm.
         wanted: it is to be made anew once fenced.
     """
 
@@ -44,7 +46,7 @@ class _Slot:
         self.phase = _Phase.CONNECTING
         self.open: set[str] = set()
         self.owed: set[str] = set()
-        self.asked = False
+        self.due: float | None = None
         self.wanted = False
 
 
@@ -144,6 +146,10 @@ class StreamLink:
         """For `Stream`."""
         self._post(partial(self._lame, stream, reason))
 
+    def stuck(self, stream: Stream, reason: str) -> None:
+        """For `Stream`."""
+        self._post(lambda: stream.breaks(reason))
+
     def _post(self, what: Callable[[], None]) -> None:
         self._calls.append(what)
         with contextlib.suppress(OSError):  # the link has ended
@@ -159,7 +165,12 @@ class StreamLink:
 
     def _run(self) -> None:
         while not self._ended:
-            for fd, _ in self._epoll.poll():
+            dues = [slot.due for slot in self._slots if slot.due is not None]
+            now = time.monotonic()
+            if dues and now > min(dues):
+                self._end(f"the target did not confirm a fence within {wire.SILENCE_S} s", tell=True)
+                break
+            for fd, _ in self._epoll.poll(max(min(dues) - now, 0.001) if dues else None):
                 if fd == self._wake:
                     os.eventfd_read(fd)
                 elif (stream := self._readable.get(fd)) is not None:
@@ -217,6 +228,7 @@ class StreamLink:
         def answered(answer: bytes | Failure) -> None:
             if not isinstance(answer, Failure) and name in slot.owed:
                 slot.owed.discard(name)
+                stream.rails["process_vm"].fenced.set()
                 call(self._events.rail_fenced, name)
 
         # Frames are answered in order: after this one nothing of that rail is under way.
@@ -230,8 +242,8 @@ class StreamLink:
                 self._end(reason, tell=True)
             return
         for slot in self._slots:
-            if slot.phase is _Phase.FENCING and not slot.asked:
-                slot.asked = True
+            if slot.phase is _Phase.FENCING and slot.due is None:
+                slot.due = time.monotonic() + wire.SILENCE_S
                 body = wire.FENCED.pack(slot.stream.index, slot.stream.incarnation)
                 alive[0].stream.ask(wire.FENCE, body, partial(self._fence_answered, slot))
 
@@ -239,7 +251,7 @@ class StreamLink:
         self._post(partial(self._fenced, slot, answer))  # a broken stream answers on any thread
 
     def _fenced(self, slot: _Slot, answer: bytes | Failure) -> None:
-        slot.asked = False
+        slot.due = None
         if isinstance(answer, Failure):
             if answer.retry:
                 self._settle(answer.reason)
@@ -247,6 +259,8 @@ class StreamLink:
                 self._end(answer.reason, tell=True)
             return
         slot.phase = _Phase.DOWN
+        for rail in slot.stream.rails.values():
+            rail.fenced.set()
         owed, slot.owed = slot.owed, set()
         for name in sorted(owed):
             call(self._events.rail_fenced, name)
@@ -288,6 +302,8 @@ class StreamLink:
         for slot in self._slots:
             slot.phase = _Phase.DOWN
             slot.stream.breaks(reason)
+            for rail in slot.stream.rails.values():
+                rail.fenced.set()
         if tell:
             log.info("link %s is down: %s", self._name, reason)
             call(self._events.link_down, reason)

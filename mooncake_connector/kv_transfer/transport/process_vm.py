@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from mooncake_connector.errors import TransportError
-from mooncake_connector.kv_transfer.memory import U64Array
 from mooncake_connector.kv_transfer.transport.base import SourceIdentity
 from mooncake_connector.kv_transfer.transport.grants import Grant
-from mooncake_connector.kv_transfer.transport.syscalls import Scatter, read_process, set_ptracer
-from mooncake_connector.kv_transfer.transport.wire import LANDED, REFUSED, UNREADABLE, Frame
+from mooncake_connector.kv_transfer.transport.mailbox import Visitor
+from mooncake_connector.kv_transfer.transport.syscalls import Few, read_process, set_ptracer
+from mooncake_connector.kv_transfer.transport.wire import CHALLENGE_BYTES, LANDED, REFUSED, UNREADABLE, Frame
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = Path("/proc/self/ns/pid")
@@ -70,21 +70,25 @@ class Source:
     def __init__(self, source: SourceIdentity, challenge_address: int) -> None:
         if source.host_id != _host_id():
             raise TransportError(_ELSEWHERE)
-        self.challenge = secrets.token_bytes(32)
+        self.challenge = secrets.token_bytes(CHALLENGE_BYTES)
         self._address = challenge_address
         self._pid = source.pid
         self._proven = False
         try:
             # Opened before the trial read: from then on the id can't pass to another process unnoticed.
             self._pidfd = os.pidfd_open(source.pid)
-        except OSError as gone:
-            raise TransportError(f"process_vm: process {source.pid}: {gone.strerror}") from gone
+        except (OSError, OverflowError) as gone:
+            raise TransportError(f"process_vm: process {source.pid}: {gone}") from gone
 
     def prove(self) -> str | None:
         """None if the challenge is in place, else why the memory can't be read."""
         reason = _compare(self._pid, self._address, self.challenge)
         self._proven = reason is None
         return reason
+
+    def visitor(self, address: int) -> Visitor | None:
+        """The peer's mailbox, if it has one and this process can read there."""
+        return Visitor(self._pid, address) if address and self._proven else None
 
     def land(self, frame: Frame, grant: Grant) -> tuple[int, str]:
         """Copy a frame's bytes into place: a reply's status, and why they did not all land.
@@ -94,7 +98,7 @@ class Source:
         """
         if not self._proven:
             return UNREADABLE, "process_vm: the peer has not proven which process it is"
-        place, origin = Scatter(frame.dst, frame.length), Scatter(frame.src, frame.length)
+        place, origin = frame.place, frame.origin
         while place.left:
             if not grant.enter():
                 return REFUSED, f"key {frame.key} was revoked"
@@ -133,18 +137,13 @@ def _host_id() -> str:
 def _compare(pid: int, address: int, value: bytes) -> str | None:
     """None if process `pid` has `value` at `address`, else why that can't be said."""
     found = np.zeros(len(value), np.uint8)
-    size = _u64(found.size)
     try:
-        read_process(pid, Scatter(_u64(found.ctypes.data), size), Scatter(_u64(address), size))
+        read_process(pid, Few(found.ctypes.data, found.size), Few(address, found.size))
     except OSError as refused:
         return f"process_vm: reading process {pid}: {_mend(refused)}"
     if found.tobytes() != value:
         return f"process_vm: process {pid} is not the peer: connect to it again"
     return None
-
-
-def _u64(value: int) -> U64Array:
-    return np.array([value], np.uint64)
 
 
 def _mend(refused: OSError) -> str:

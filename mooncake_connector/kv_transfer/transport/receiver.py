@@ -15,8 +15,8 @@ from mooncake_connector.kv_transfer.transport import wire
 from mooncake_connector.kv_transfer.transport.base import Endpoint, Landed
 from mooncake_connector.kv_transfer.transport.grants import Grant, GrantTable
 from mooncake_connector.kv_transfer.transport.inlet import Inlet
+from mooncake_connector.kv_transfer.transport.outgoing import call
 from mooncake_connector.kv_transfer.transport.process_vm import Source
-from mooncake_connector.kv_transfer.transport.stream import call
 
 RECEIVE_BUFFER_BYTES = 4 << 20
 
@@ -255,7 +255,9 @@ class Receiver:
         inlet.source = source
         wire.put(sock, wire.Welcome(challenge=source.challenge))
         wire.get(sock, wire.Ready)
-        return wire.Welcome(unreadable=source.prove())
+        unreadable = source.prove()
+        inlet.visitor = source.visitor(hello.mailbox_address)
+        return wire.Welcome(unreadable=unreadable)
 
     def _answer(self, link: _Inlink, inlet: Inlet, topic: str, body: bytes) -> bytes:
         if topic == wire.ECHO:

@@ -2,30 +2,28 @@
 
 import contextlib
 import itertools
-import logging
 import select
 import socket
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from mooncake_connector.errors import TransportError
 from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.transport import wire
 from mooncake_connector.kv_transfer.transport.base import Endpoint, Failure
-from mooncake_connector.kv_transfer.transport.checksum import xxh3
-from mooncake_connector.kv_transfer.transport.syscalls import MSG_DONTWAIT, Scatter, send
+from mooncake_connector.kv_transfer.transport.mailbox import LOOK_S
+from mooncake_connector.kv_transfer.transport.outgoing import Frame, OnAnswer, OnDone, Question, Result, Write
+from mooncake_connector.kv_transfer.transport.sync_write import SMALL_BYTES, SyncWriter
+from mooncake_connector.kv_transfer.transport.syscalls import MSG_DONTWAIT, Cursor, send
 
 PATHS = ("process_vm", "tcp")
 """The paths that a stream can carry, the preferred first."""
-
-INLINE_BYTES = 32 << 10
-"""Frames up to this size are sent by the thread that writes, if that takes no waiting."""
 
 MAX_QUEUED = 4096
 """Frames that may wait in one stream."""
@@ -33,12 +31,6 @@ MAX_QUEUED = 4096
 SEND_BUFFER_BYTES = 4 << 20
 
 _RECEIVE_BYTES = 64 << 10
-_CHALLENGE_BYTES = 64
-
-log = logging.getLogger(__name__)
-
-OnDone = Callable[[Failure | None], None]
-OnAnswer = Callable[[bytes | Failure], None]
 
 
 class StreamOwner(Protocol):
@@ -53,9 +45,17 @@ class StreamOwner(Protocol):
     def unreadable(self, stream: "Stream", reason: str) -> None:
         """Its process_vm rail went down, alone; called before that rail's writes end."""
 
+    def stuck(self, stream: "Stream", reason: str) -> None:
+        """Somebody who waits for it asks that it be broken, on another thread."""
+
 
 class StreamRail:
-    """A `Rail` over one stream: the target reads the bytes from it, or from the initiator's memory."""
+    """A `Rail` over one stream: the target reads the bytes from it, or from the initiator's memory.
+
+    Attributes:
+        down: why it can't be used.
+        fenced: nothing that was written before it went down lands any more, or it isn't down.
+    """
 
     speed = 0.0
     penalty = 1.0
@@ -64,93 +64,24 @@ class StreamRail:
         self.name = f"{path}-{stream.index}"
         self.path = path
         self.down: str | None = "not connected yet"
+        self.fenced = threading.Event()
+        self.fenced.set()
         self._stream = stream
 
     def write(self, key: int, plan: CopyPlan, on_done: OnDone) -> None:
         """See `Rail.write`."""
         self._stream.write(self, key, plan, on_done)
 
+    def write_sync(self, key: int, plan: CopyPlan, timeout: float = 3.0) -> Failure | None:
+        """`write`, and wait: None once every byte has landed; a small write takes few wake-ups, or none.
 
-class _Write:
-    """One call of `StreamRail.write`."""
+        A failure is returned once nothing of the write can land any more, so that it may be tried elsewhere.
+        The link's events must not wait for the caller, as it may wait for them.
 
-    __slots__ = ("failure", "frames", "on_done", "rail")
-
-    def __init__(self, rail: StreamRail, on_done: OnDone, frames: int) -> None:
-        self.rail, self.on_done, self.frames = rail, on_done, frames
-        self.failure: Failure | None = None
-
-    def end(self, failure: Failure | None) -> None:
-        """All is over, unless it was before."""
-        if self.frames:
-            self.frames = 0
-            call(self.on_done, failure)
-
-
-class _Frame:
-    """A frame of a write. It is put together when its turn comes, by the thread that sends it."""
-
-    __slots__ = ("_checked", "_flags", "_head", "_key", "_plan", "data", "nbytes", "number", "write")
-
-    def __init__(
-        self, write: _Write, key: int, number: int, plan: CopyPlan, flags: int, checked: bool
-    ) -> None:
-        self.write, self.number, self.nbytes = write, number, plan.nbytes
-        self._key, self._plan, self._flags, self._checked = key, plan, flags, checked
-        self.data: Scatter | None = None
-
-    def begin(self) -> Scatter:
-        """Its head and, on the tcp path, the source's memory behind it."""
-        if self.data is None:
-            plan, flags, checksum = self._plan, self._flags, 0
-            if self._checked:
-                flags, checksum = flags | wire.CHECKED, xxh3(plan.src, plan.length)
-            by_reference = self.write.rail.path == "process_vm"
-            kind = wire.REFERENCE if by_reference else wire.PAYLOAD
-            self._head = np.frombuffer(
-                wire.frame_head(kind, self._key, self.number, plan, flags, checksum), np.uint8
-            )
-            self.data = _behind(self._head, None if by_reference else plan)
-        return self.data
-
-    def answered(self, status: int, said: bytes) -> None:
-        write = self.write
-        if status != wire.LANDED:
-            write.failure = Failure(said.decode(errors="replace"), status != wire.REFUSED)
-        if write.frames == 1:
-            write.end(write.failure)
-        elif write.frames:
-            write.frames -= 1
-
-    def lost(self, reason: str) -> None:
-        self.write.end(Failure(reason, True))
-
-
-class _Question:
-    """A question: sent like a frame, answered in its turn."""
-
-    __slots__ = ("_head", "_on_answer", "data", "nbytes", "number")
-
-    def __init__(self, number: int, topic: str, body: bytes, on_answer: OnAnswer) -> None:
-        self.number, self.nbytes = number, len(body)
-        self._head = np.frombuffer(wire.question(number, topic, body), np.uint8)
-        self.data = _behind(self._head, None)
-        self._on_answer: OnAnswer | None = on_answer
-
-    def begin(self) -> Scatter:
-        return self.data
-
-    def answered(self, status: int, said: bytes) -> None:
-        failed = status != wire.LANDED
-        self._end(Failure(said.decode(errors="replace"), status != wire.REFUSED) if failed else said)
-
-    def lost(self, reason: str) -> None:
-        self._end(Failure(reason, True))
-
-    def _end(self, answer: bytes | Failure) -> None:
-        on_answer, self._on_answer = self._on_answer, None
-        if on_answer is not None:
-            call(on_answer, answer)
+        Args:
+            timeout: seconds without an answer after which the stream is given up.
+        """
+        return self._stream.sync.write(self, key, plan, timeout)
 
 
 class Stream:
@@ -172,18 +103,24 @@ class Stream:
         self.index, self.incarnation = hello.index, hello.incarnation
         self.rails = {path: StreamRail(self, path) for path in paths}
         self.sock: socket.socket | None = None
-        self._owner, self._endpoint, self._checksum = owner, endpoint, checksum
+        self.owner, self.sync = owner, SyncWriter(self)
+        self._endpoint, self._checksum = endpoint, checksum
         # The target believes that this process is at the other end once it has read its challenge from here.
-        self._proof = np.zeros(_CHALLENGE_BYTES, np.uint8)
-        self._hello = msgspec.structs.replace(hello, challenge_address=self._proof.ctypes.data)
-        self._todo: deque[_Frame | _Question] = deque()
-        self._sent: deque[_Frame | _Question] = deque()
-        self._changed = threading.Condition()
+        self._proof = np.zeros(wire.CHALLENGE_BYTES, np.uint8)
+        self._hello = msgspec.structs.replace(
+            hello,
+            challenge_address=self._proof.ctypes.data,
+            mailbox_address=self.sync.mailbox_address,
+        )
+        self._todo: deque[Frame | Question] = deque()
+        self._sent: deque[Frame | Question] = deque()
+        self._changed = threading.Condition(threading.RLock())
         self._busy = True
         self._down: str | None = None
         self._numbers = itertools.count(1)
         self._said = bytearray()
         self._reading = threading.Lock()
+        self._watched: tuple[select.epoll, int] | None = None
         self._thread = threading.Thread(target=self._run, name=f"mooncake-send-{name}", daemon=True)
 
     def start(self) -> None:
@@ -192,11 +129,12 @@ class Stream:
 
     def write(self, rail: StreamRail, key: int, plan: CopyPlan, on_done: OnDone) -> None:
         """Enqueue a write, see `Rail.write`."""
-        pieces = list(plan.split(wire.MAX_FRAME_BYTES, wire.MAX_FRAME_RANGES))
-        write, number = _Write(rail, on_done, len(pieces)), next(self._numbers)
+        small = plan.length.size == 1 and int(plan.length[0]) <= wire.MAX_FRAME_BYTES
+        pieces = [plan] if small else list(plan.split(wire.MAX_FRAME_BYTES, wire.MAX_FRAME_RANGES))
+        write, number = Write(rail.path, on_done, len(pieces)), next(self._numbers)
         last = len(pieces) - 1
         frames = [
-            _Frame(write, key, number, piece, wire.LAST * (at == last), self._checksum)
+            Frame(write, key, number, piece, wire.LAST * (at == last), self._checksum)
             for at, piece in enumerate(pieces)
         ]
         with self._changed:
@@ -207,13 +145,62 @@ class Stream:
         elif now:
             self._send_now()
 
+    def piece(self, rail: StreamRail, key: int, plan: CopyPlan, on_done: OnDone) -> Frame:
+        """A write of one frame, not enqueued."""
+        write = Write(rail.path, on_done, 1)
+        return Frame(write, key, next(self._numbers), plan, wire.LAST, self._checksum)
+
+    def idle(self, rail: StreamRail) -> bool:
+        """Whether a rail is up, with nothing on this stream under way."""
+        with self._changed:
+            return rail.down is None and not (self._busy or self._todo or self._sent)
+
+    def send_by_hand(self, rail: StreamRail, frame: Frame, result: Result, seconds: float) -> bool:
+        """Send a frame on an idle stream, and stay until its reply has come: whether it was sent.
+
+        The owner's thread is not woken for the reply: that would cost more than all the rest.
+
+        Args:
+            seconds: after which the reply is left to the owner's thread.
+        """
+        if self._watched is None or not self._reading.acquire(blocking=False):
+            return False
+        epoll, fd = self._watched
+        sent = False
+        try:
+            epoll.modify(fd, 0)
+            try:
+                with self._changed:
+                    sent = self.idle(rail) and self._offer([frame])
+                if sent:
+                    self._send_now()
+                    self._look(fd, result, time.perf_counter() + seconds)
+            finally:
+                epoll.modify(fd, select.EPOLLIN)
+        except (OSError, EOFError, TransportError, ValueError) as broken:  # ValueError: the link has ended
+            self.owner.stuck(self, str(broken))
+        finally:
+            self._reading.release()
+        return sent
+
+    def _look(self, fd: int, result: Result, deadline: float) -> None:
+        """Look for replies, and soon wait for them, until a certain one has come."""
+        spun = time.perf_counter() + LOOK_S
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        while not result.done and (now := time.perf_counter()) < deadline:
+            if now > spun:
+                poll.poll(max(1, 1000 * (deadline - now)))
+            with contextlib.suppress(BlockingIOError):
+                self._receive()
+
     def ask(self, topic: str, body: bytes, on_answer: OnAnswer) -> None:
         """Enqueue a question; `on_answer` is called once.
 
         Raises:
             TransportError: Topic or body are too long.
         """
-        asked = _Question(next(self._numbers), topic, body, on_answer)
+        asked = Question(next(self._numbers), topic, body, on_answer)
         with self._changed:
             reason = self._down or (None if topic in wire.OWN_TOPICS else self._full(1))
             now = reason is None and self._offer([asked])
@@ -230,6 +217,7 @@ class Stream:
             self._down = reason
             for rail in self.rails.values():
                 rail.down = reason
+                rail.fenced.clear()
             lost = [*self._sent, *self._todo]
             self._sent.clear()
             self._todo.clear()
@@ -237,7 +225,7 @@ class Stream:
             sock = self.sock
         if sock is not None:
             wire.hang_up(sock)
-        self._owner.stream_down(self, reason)
+        self.owner.stream_down(self, reason)
         for entry in lost:
             entry.lost(reason)
 
@@ -248,6 +236,7 @@ class Stream:
             fd = self.sock.fileno()
             if fd >= 0:
                 epoll.register(fd, select.EPOLLIN)
+                self._watched = epoll, fd
             return fd
 
     def revive(self, rail: StreamRail) -> None:
@@ -257,28 +246,32 @@ class Stream:
 
     def read(self) -> None:
         """Take in what the target has replied; for whoever found the socket readable. Does not block."""
-        with self._reading:
-            if self.sock is None or self.sock.fileno() < 0:
-                return
-            try:
-                data = self.sock.recv(_RECEIVE_BYTES, MSG_DONTWAIT)
-                if not data:
-                    raise EOFError("the peer closed the connection")
-                self._take(data)
-            except BlockingIOError:
-                return
-            except (OSError, EOFError, TransportError) as broken:
-                reason = str(broken)
-            else:
-                return
+        if not self._reading.acquire(blocking=False):
+            return  # somebody else is at it
+        try:
+            if self.sock is not None and self.sock.fileno() >= 0:
+                self._receive()
+            return
+        except BlockingIOError:
+            return
+        except (OSError, EOFError, TransportError) as broken:
+            reason = str(broken)
+        finally:
+            self._reading.release()
         self.breaks(reason)
 
-    def _take(self, data: bytes) -> None:
-        """Hand out all replies that are whole.
+    def _receive(self) -> None:
+        """Hand out all replies that have come as a whole.
 
         Raises:
+            BlockingIOError: Nothing has come.
+            EOFError, OSError: The connection has ended.
             TransportError: They answer nothing that was sent, or are malformed.
         """
+        assert self.sock is not None
+        data = self.sock.recv(_RECEIVE_BYTES, MSG_DONTWAIT)
+        if not data:
+            raise EOFError("the peer closed the connection")
         said = self._said
         said += data
         at, head = 0, wire.REPLY
@@ -300,8 +293,8 @@ class Stream:
             if not self._sent or self._sent[0].number != number:
                 raise TransportError(f"a reply to frame {number}, which is not the next one")
             entry = self._sent.popleft()
-        if status == wire.UNREADABLE and isinstance(entry, _Frame):
-            self._lame(entry.write.rail, said.decode(errors="replace"))
+        if status == wire.UNREADABLE and isinstance(entry, Frame):
+            self._lame(self.rails[entry.write.path], said.decode(errors="replace"))
         entry.answered(status, said)
 
     def _lame(self, rail: StreamRail, reason: str) -> None:
@@ -310,10 +303,13 @@ class Stream:
             if rail.down is not None:
                 return
             rail.down = reason
+            rail.fenced.clear()
             begun = self._sent[-1] if self._sent else None
-            lost = [e for e in (*self._sent, *self._todo) if isinstance(e, _Frame) and e.write.rail is rail]
+            lost = [
+                e for e in (*self._sent, *self._todo) if isinstance(e, Frame) and e.write.path == rail.path
+            ]
             self._todo = deque(e for e in self._todo if e is begun or e not in lost)
-        self._owner.unreadable(self, reason)
+        self.owner.unreadable(self, reason)
         for entry in lost:
             entry.lost(reason)
 
@@ -323,10 +319,10 @@ class Stream:
             f"{waiting} frames wait already: send less at a time" if waiting + frames > MAX_QUEUED else None
         )
 
-    def _offer(self, frames: Sequence[_Frame | _Question]) -> bool:
+    def _offer(self, frames: Sequence[Frame | Question]) -> bool:
         """Put frames into the queue: whether the caller is to send the first, by `_send_now`."""
         self._todo.extend(frames)
-        if self._busy or len(self._todo) > 1 or frames[0].nbytes > INLINE_BYTES:
+        if self._busy or len(self._todo) > 1 or frames[0].nbytes > SMALL_BYTES:
             self._changed.notify()
             return False
         self._busy = True
@@ -347,7 +343,7 @@ class Stream:
             if self._todo or self._down is not None:
                 self._changed.notify()
 
-    def _next(self) -> _Frame | _Question | None:
+    def _next(self) -> Frame | Question | None:
         """The next frame, counted as sent from here on."""
         with self._changed:
             if self._down is not None or not self._todo:
@@ -357,7 +353,7 @@ class Stream:
                 self._sent.append(entry)
             return entry
 
-    def _push(self, data: Scatter, flags: int) -> None:
+    def _push(self, data: Cursor, flags: int) -> None:
         assert self.sock is not None
         data.advance(send(self.sock.fileno(), data, flags))
 
@@ -366,7 +362,7 @@ class Stream:
         reason = "a sender thread failed"
         try:
             self._connect()
-            self._owner.stream_up(self)
+            self.owner.stream_up(self)
             while True:
                 with self._changed:
                     self._busy = False
@@ -397,40 +393,8 @@ class Stream:
                 raise TransportError(self._down)
         wire.tune(sock)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        welcome = self._greet(sock)
+        welcome = wire.greet(sock, self._hello, self._proof)
         sock.settimeout(None)
         with self._changed:
             for path, rail in self.rails.items():
                 rail.down = self._down or (welcome.unreadable if path == "process_vm" else None)
-
-    def _greet(self, sock: socket.socket) -> wire.Welcome:
-        """The handshake.
-
-        Raises:
-            TransportError: The target refused.
-        """
-        wire.put(sock, self._hello)
-        welcome = wire.get(sock, wire.Welcome)
-        if challenge := welcome.challenge[:_CHALLENGE_BYTES]:
-            self._proof[: len(challenge)] = np.frombuffer(challenge, np.uint8)
-            wire.put(sock, wire.Ready())
-            welcome = wire.get(sock, wire.Welcome)
-        if welcome.refusal is not None:
-            raise TransportError(welcome.refusal)
-        return welcome
-
-
-def _behind(head: NDArray[np.uint8], plan: CopyPlan | None) -> Scatter:
-    """A frame's head, and the source's memory behind it."""
-    address, length = np.array([head.ctypes.data], np.uint64), np.array([head.size], np.uint64)
-    if plan is not None:
-        address, length = np.concatenate((address, plan.src)), np.concatenate((length, plan.length))
-    return Scatter(address, length)
-
-
-def call(listener: Callable[..., None], *args: object) -> None:
-    """Call an owner's function; what it raises is its own affair."""
-    try:
-        listener(*args)
-    except Exception:
-        log.exception("a listener failed; the link goes on")

@@ -3,6 +3,8 @@
 import ctypes
 import errno
 import os
+from array import array
+from typing import NoReturn, Protocol
 
 import numpy as np
 
@@ -32,7 +34,7 @@ class _MsgHdr(ctypes.Structure):
 
 _libc.sendmsg.argtypes = _libc.recvmsg.argtypes = (ctypes.c_int, ctypes.POINTER(_MsgHdr), ctypes.c_int)
 _libc.sendmsg.restype = _libc.recvmsg.restype = ctypes.c_ssize_t
-_libc.process_vm_readv.argtypes = (
+_libc.process_vm_readv.argtypes = _libc.process_vm_writev.argtypes = (
     ctypes.c_int,
     ctypes.c_void_p,
     ctypes.c_ulong,
@@ -40,12 +42,34 @@ _libc.process_vm_readv.argtypes = (
     ctypes.c_ulong,
     ctypes.c_ulong,
 )
-_libc.process_vm_readv.restype = ctypes.c_ssize_t
+_libc.process_vm_readv.restype = _libc.process_vm_writev.restype = ctypes.c_ssize_t
 _libc.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
 
 
+class Cursor(Protocol):
+    """What is left of some memory ranges, for calls that move some of their bytes at a time.
+
+    Attributes:
+        left: bytes still to move.
+        iov: address of the next ``struct iovec``.
+        count: how many of them the next call may use.
+    """
+
+    @property
+    def left(self) -> int: ...
+
+    @property
+    def iov(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
+
+    def advance(self, nbytes: int) -> None:
+        """Step over `nbytes` that were moved."""
+
+
 class Scatter:
-    """A cursor over memory ranges, for calls that move some of their bytes at a time.
+    """A cursor over any number of ranges.
 
     Args:
         address: uint64 [n].
@@ -64,21 +88,17 @@ class Scatter:
 
     @property
     def left(self) -> int:
-        """Bytes still to move."""
         return self._total - self._done
 
     @property
     def iov(self) -> int:
-        """Address of the next ``struct iovec``."""
         return self._base + 16 * self._at
 
     @property
     def count(self) -> int:
-        """How many of them the next call may use."""
         return min(IOV_MAX, len(self._end) - self._at)
 
     def advance(self, nbytes: int) -> None:
-        """Step over `nbytes` that were moved."""
         self._done += nbytes
         if self._done >= self._total:
             self._at = len(self._end)
@@ -90,7 +110,35 @@ class Scatter:
         row[1] = left
 
 
-def send(fd: int, data: Scatter, flags: int = 0) -> int:
+class Few:
+    """A cursor over a range or two: made in a tenth of the time.
+
+    Args:
+        ranges: address and length of each.
+    """
+
+    __slots__ = ("_iov", "count", "iov", "left")
+
+    def __init__(self, *ranges: int) -> None:
+        self._iov = array("Q", ranges)
+        self.iov: int = self._iov.buffer_info()[0]
+        self.count = len(ranges) // 2
+        self.left = sum(ranges[1::2])
+
+    def advance(self, nbytes: int) -> None:
+        self.left -= nbytes
+        while nbytes:
+            at = len(self._iov) - 2 * self.count
+            step = min(nbytes, self._iov[at + 1])
+            nbytes -= step
+            self._iov[at] += step
+            self._iov[at + 1] -= step
+            if not self._iov[at + 1]:
+                self.count -= 1
+                self.iov += 16
+
+
+def send(fd: int, data: Cursor, flags: int = 0) -> int:
     """``sendmsg`` of the next ranges: bytes sent.
 
     Raises:
@@ -100,7 +148,7 @@ def send(fd: int, data: Scatter, flags: int = 0) -> int:
     return _retried(_libc.sendmsg, fd, ctypes.byref(head), flags | MSG_NOSIGNAL)
 
 
-def receive(fd: int, into: Scatter, flags: int = 0) -> int:
+def receive(fd: int, into: Cursor, flags: int = 0) -> int:
     """``recvmsg`` into the next ranges: bytes received, 0 at the end of the stream.
 
     Raises:
@@ -110,13 +158,24 @@ def receive(fd: int, into: Scatter, flags: int = 0) -> int:
     return _retried(_libc.recvmsg, fd, ctypes.byref(head), flags)
 
 
-def read_process(pid: int, into: Scatter, source: Scatter) -> int:
+def read_process(pid: int, into: Cursor, source: Cursor) -> int:
     """``process_vm_readv`` of the next ranges of another process: bytes read.
 
     Raises:
         OSError: EPERM (not allowed), ESRCH (no such process), EFAULT (address not mapped).
     """
-    return _retried(_libc.process_vm_readv, pid, into.iov, into.count, source.iov, source.count, 0)
+    moved: int = _libc.process_vm_readv(pid, into.iov, into.count, source.iov, source.count, 0)
+    return moved if moved >= 0 else _raise()
+
+
+def write_process(pid: int, source: Cursor, into: Cursor) -> int:
+    """``process_vm_writev`` into the next ranges of another process: bytes written.
+
+    Raises:
+        OSError: As `read_process`.
+    """
+    moved: int = _libc.process_vm_writev(pid, source.iov, source.count, into.iov, into.count, 0)
+    return moved if moved >= 0 else _raise()
 
 
 def set_ptracer(pid: int) -> None:
@@ -129,6 +188,10 @@ def _retried(call: "ctypes._NamedFuncPointer", *args: object) -> int:
         moved: int = call(*args)
         if moved >= 0:
             return moved
-        code = ctypes.get_errno()
-        if code != errno.EINTR:
-            raise OSError(code, os.strerror(code))
+        if ctypes.get_errno() != errno.EINTR:
+            _raise()
+
+
+def _raise() -> NoReturn:
+    code = ctypes.get_errno()
+    raise OSError(code, os.strerror(code))

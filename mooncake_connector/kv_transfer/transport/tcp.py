@@ -4,7 +4,7 @@ import select
 import socket
 
 from mooncake_connector.kv_transfer.transport.grants import Grant
-from mooncake_connector.kv_transfer.transport.syscalls import MSG_DONTWAIT, Scatter, receive
+from mooncake_connector.kv_transfer.transport.syscalls import MSG_DONTWAIT, receive
 from mooncake_connector.kv_transfer.transport.wire import LANDED, REFUSED, Frame
 
 _SCRATCH_BYTES = 256 << 10
@@ -24,6 +24,10 @@ class Inbox:
         """Land nothing any more, even if it has arrived; from any thread."""
         self._closed = True
 
+    def readable(self) -> bool:
+        """Whether something has come, or the connection has ended."""
+        return bool(self._readable.poll(0))
+
     def land(self, frame: Frame, grant: Grant) -> tuple[int, str]:
         """Receive a frame's bytes into place: a reply's status, and why they were thrown away.
 
@@ -31,9 +35,8 @@ class Inbox:
             EOFError: The peer closed the connection.
             OSError: The connection broke.
         """
-        place = Scatter(frame.dst, frame.length)
+        place = frame.place
         while place.left:
-            self._readable.poll()
             if self._closed:
                 raise EOFError("the connection was closed here")
             if not grant.enter():
@@ -42,12 +45,14 @@ class Inbox:
             got = 0
             try:
                 got = receive(self._sock.fileno(), place, MSG_DONTWAIT)
+                if not got:
+                    raise EOFError("the peer closed the connection")
             except BlockingIOError:
-                continue
+                pass
             finally:
                 grant.leave(got)
             if not got:
-                raise EOFError("the peer closed the connection")
+                self._readable.poll()
             place.advance(got)
         return LANDED, ""
 

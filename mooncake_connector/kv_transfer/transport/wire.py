@@ -19,15 +19,17 @@ the last is marked LAST. Integers are little endian.
 
 import socket
 import struct
-from typing import NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from mooncake_connector.errors import TransportError
 from mooncake_connector.kv_transfer.memory import U64Array
 from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.transport.base import SourceIdentity
+from mooncake_connector.kv_transfer.transport.syscalls import Cursor, Few, Scatter
 
 VERSION = 2
 MAX_FRAME_BYTES = 8 << 20
@@ -35,6 +37,7 @@ MAX_FRAME_RANGES = 4096
 MAX_CONNECTIONS = 64
 MAX_TOPIC_BYTES = 64
 MAX_BODY_BYTES = 256 << 10
+CHALLENGE_BYTES = 32
 HANDSHAKE_S = 5.0
 SILENCE_S = 10
 
@@ -59,7 +62,11 @@ _MAX_REASON_BYTES = 1024
 _MESSAGE = struct.Struct("<4sI")
 _FRAME = struct.Struct("<4sBBHIIQQQQQQ")
 REPLY = struct.Struct("<QII")
+HEAD_BYTES = _FRAME.size
 _HELLO_MAGIC, _FRAME_MAGIC = b"MKVh", b"MKVf"
+
+
+_Address = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -71,6 +78,7 @@ class Hello(msgspec.Struct, frozen=True):
         incarnation: how often this one was made anew.
         source: whose memory the target may read, if process_vm is wanted.
         challenge_address: where in that memory the initiator will store the target's challenge.
+        mailbox_address: where the initiator may leave a frame (`mailbox`); 0 if it never will.
     """
 
     version: int
@@ -80,7 +88,8 @@ class Hello(msgspec.Struct, frozen=True):
     connections: int
     incarnation: int = 0
     source: SourceIdentity | None = None
-    challenge_address: int = 0
+    challenge_address: _Address = 0
+    mailbox_address: _Address = 0
 
 
 class Welcome(msgspec.Struct, frozen=True):
@@ -102,23 +111,47 @@ class Ready(msgspec.Struct, frozen=True):
 
 
 class Frame(NamedTuple):
-    """A frame before its payload; for a QUESTION the three arrays are empty."""
+    """A frame before its payload.
+
+    Attributes:
+        ranges: how many; for a QUESTION the length of the topic.
+        first: of the first range, dst, length and src.
+        table: uint64 [3, ranges], dst, length and src of all; None if there is one only, or none.
+    """
 
     kind: int
     flags: int
+    ranges: int
+    nbytes: int
     key: int
     number: int
-    nbytes: int
     checksum: int
-    topic_bytes: int
-    dst: U64Array
-    length: U64Array
-    src: U64Array
+    first: tuple[int, int, int]
+    table: U64Array | None
+
+    @property
+    def place(self) -> Cursor:
+        """Where its bytes go."""
+        return self._cursor(0)
+
+    @property
+    def origin(self) -> Cursor:
+        """Where they are in the initiator's memory."""
+        return self._cursor(2)
+
+    def columns(self) -> U64Array:
+        """uint64 [3, ranges]: dst, length and src of all."""
+        if self.table is not None:
+            return self.table
+        return np.array([self.first], np.uint64).T[:, : self.ranges]
+
+    def _cursor(self, column: int) -> Cursor:
+        if self.table is not None:
+            return Scatter(self.table[column], self.table[1])
+        return Few(self.first[column], self.first[1]) if self.ranges else Few()
 
 
 Message = TypeVar("Message", Hello, Welcome, Ready)
-
-_NONE = np.empty(0, np.uint64)
 
 
 def tune(sock: socket.socket) -> None:
@@ -165,13 +198,35 @@ def get(sock: socket.socket, kind: type[Message]) -> Message:
         ) from bad
 
 
+def greet(sock: socket.socket, hello: Hello, proof: NDArray[np.uint8]) -> Welcome:
+    """The initiator's part of the handshake.
+
+    Args:
+        proof: uint8 [CHALLENGE_BYTES] at the address that `hello` names.
+
+    Raises:
+        TransportError: The target refused, or doesn't speak this protocol.
+        EOFError: It hung up.
+    """
+    put(sock, hello)
+    welcome = get(sock, Welcome)
+    if len(welcome.challenge) == CHALLENGE_BYTES:
+        proof[:] = np.frombuffer(welcome.challenge, np.uint8)
+        put(sock, Ready())
+        welcome = get(sock, Welcome)
+    if welcome.refusal is not None:
+        raise TransportError(welcome.refusal)
+    return welcome
+
+
 def frame_head(
     kind: int, key: int, number: int, plan: CopyPlan, flags: int = LAST, checksum: int = 0
 ) -> bytes:
     """The part of a PAYLOAD or REFERENCE frame before its payload."""
     ranges = plan.length.size
     first = (int(plan.dst[0]), int(plan.length[0]), int(plan.src[0])) if ranges else (0, 0, 0)
-    head = _FRAME.pack(_FRAME_MAGIC, kind, flags, 0, ranges, plan.nbytes, key, number, checksum, *first)
+    nbytes = plan.nbytes if ranges > 1 else first[1]
+    head = _FRAME.pack(_FRAME_MAGIC, kind, flags, 0, ranges, nbytes, key, number, checksum, *first)
     if ranges < 2:
         return head
     return b"".join((head, plan.dst[1:].tobytes(), plan.length[1:].tobytes(), plan.src[1:].tobytes()))
@@ -199,25 +254,35 @@ def get_frame(sock: socket.socket) -> Frame:
         TransportError: The frame is malformed: the stream can't be trusted any further.
         EOFError: The peer closed the connection.
     """
-    magic, kind, flags, _, n, nbytes, key, number, checksum, dst0, length0, src0 = _FRAME.unpack(
-        exactly(sock, _FRAME.size)
-    )
+    frame = parse_head(exactly(sock, HEAD_BYTES))
+    if frame.ranges < 2 or frame.kind == QUESTION:
+        return frame
+    n = frame.ranges
+    table = np.empty((3, n), np.uint64)
+    table[:, 0] = frame.first
+    table[:, 1:] = np.frombuffer(exactly(sock, 24 * (n - 1)), np.uint64).reshape(3, n - 1)
+    length = table[1]
+    # Each length is bounded before the sum is taken, so that the sum can't wrap around.
+    if not 0 < length.min() <= length.max() <= frame.nbytes or int(length.sum()) != frame.nbytes:
+        raise TransportError(f"malformed frame: the {n} lengths don't add up to {frame.nbytes} bytes")
+    return frame._replace(table=table)
+
+
+def parse_head(data: bytes | bytearray) -> Frame:
+    """The fixed part of a frame.
+
+    Raises:
+        TransportError: It is malformed.
+    """
+    magic, kind, flags, _, n, nbytes, key, number, checksum, *first = _FRAME.unpack(data)
     if magic != _FRAME_MAGIC:
         raise TransportError(f"malformed frame: magic {magic!r}")
-    if kind == QUESTION and n <= MAX_TOPIC_BYTES and nbytes <= MAX_BODY_BYTES:
-        return Frame(kind, flags, key, number, nbytes, checksum, n, _NONE, _NONE, _NONE)
-    if kind >= QUESTION or n > MAX_FRAME_RANGES or nbytes > MAX_FRAME_BYTES:
+    most = (MAX_TOPIC_BYTES, MAX_BODY_BYTES) if kind == QUESTION else (MAX_FRAME_RANGES, MAX_FRAME_BYTES)
+    if kind > QUESTION or n > most[0] or nbytes > most[1]:
         raise TransportError(f"malformed frame: kind {kind}, {n} ranges, {nbytes} bytes")
-    table = np.empty((3, n), np.uint64)
-    if n:
-        table[:, 0] = dst0, length0, src0
-    if n > 1:
-        table[:, 1:] = np.frombuffer(exactly(sock, 24 * (n - 1)), np.uint64).reshape(3, n - 1)
-    dst, length, src = table
-    # Each length is bounded before the sum is taken, so that the sum can't wrap around.
-    if (n and not 0 < length.min() <= length.max() <= nbytes) or int(length.sum()) != nbytes:
+    if kind != QUESTION and ((n == 1 and not 0 < nbytes == first[1]) or (not n and nbytes)):
         raise TransportError(f"malformed frame: the {n} lengths don't add up to {nbytes} bytes")
-    return Frame(kind, flags, key, number, nbytes, checksum, 0, dst, length, src)
+    return Frame(kind, flags, n, nbytes, key, number, checksum, tuple(first), None)
 
 
 def put_reply(sock: socket.socket, number: int, status: int, said: bytes = b"") -> None:
