@@ -13,9 +13,6 @@ from mooncake_connector.kv_transfer.transport.mailbox import SPIN_S, Visitor
 from mooncake_connector.kv_transfer.transport.process_vm import Source
 from mooncake_connector.kv_transfer.transport.tcp import Inbox
 
-SMALL_BYTES = 64 << 10
-"""After frames up to this size the next is looked for."""
-
 _LOOKS = 4
 
 
@@ -71,7 +68,7 @@ class Inlet:
             if self._awake:
                 self._watch()
             frame = wire.get_frame(self._sock)
-            self._awake = frame.nbytes <= SMALL_BYTES
+            self._awake = bool(frame.flags & wire.AWAITED)
             breach = None
             if frame.kind == wire.QUESTION:
                 topic = wire.exactly(self._sock, frame.ranges).decode(errors="replace")
@@ -86,7 +83,7 @@ class Inlet:
                 raise TransportError(breach)
 
     def _watch(self) -> None:
-        """After a small frame the next may come any moment: look for it a while, before going to sleep."""
+        """Somebody waits for each of its small writes, and may write the next any moment: look for it."""
         end = time.perf_counter() + SPIN_S
         while time.perf_counter() < end:
             if self._inbox.readable():

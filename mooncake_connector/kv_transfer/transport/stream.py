@@ -148,7 +148,7 @@ class Stream:
     def piece(self, rail: StreamRail, key: int, plan: CopyPlan, on_done: OnDone) -> Frame:
         """A write of one frame, not enqueued."""
         write = Write(rail.path, on_done, 1)
-        return Frame(write, key, next(self._numbers), plan, wire.LAST, self._checksum)
+        return Frame(write, key, next(self._numbers), plan, wire.LAST | wire.AWAITED, self._checksum)
 
     def idle(self, rail: StreamRail) -> bool:
         """Whether a rail is up, with nothing on this stream under way."""

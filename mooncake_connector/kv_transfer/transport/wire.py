@@ -14,7 +14,8 @@ target could read it there. Then frames from the initiator, each answered in ord
 `src` is meant for REFERENCE only, where the target reads the payload from the initiator's memory. In a
 QUESTION `ranges` is the length of the topic and `bytes` that of the body, which both follow the 64 bytes of
 the head. A write larger than a frame is several frames, one after another on one connection, of one number;
-the last is marked LAST. Integers are little endian.
+the last is marked LAST. AWAITED: somebody looks for the reply and may send the next such frame at once.
+Integers are little endian.
 """
 
 import socket
@@ -44,7 +45,7 @@ SILENCE_S = 10
 PAYLOAD, REFERENCE, QUESTION = range(3)
 """Kinds of frames."""
 
-LAST, CHECKED = 1, 2
+LAST, CHECKED, AWAITED = 1, 2, 4
 """Flags of a frame: it ends its write; `checksum` is to be compared."""
 
 LANDED, REFUSED, FAILED, UNREADABLE = range(4)
