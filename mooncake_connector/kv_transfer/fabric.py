@@ -11,9 +11,11 @@ from mooncake_connector.config import TransferConfig
 from mooncake_connector.errors import ConfigError, TransportError
 from mooncake_connector.kv_transfer.memory import Region
 from mooncake_connector.kv_transfer.topology import Change, Matrix, NicRules, Topology, Watcher, discover
+from mooncake_connector.kv_transfer.topology.model import Nic
 from mooncake_connector.kv_transfer.transport.base import LinkEvents
 from mooncake_connector.kv_transfer.transport.rdma import RdmaDevices, RdmaRails, RdmaTarget, unavailable
 from mooncake_connector.kv_transfer.transport.rdma.initiator import Ask
+from mooncake_connector.kv_transfer.transport.rdma.nic import RdmaNic
 from mooncake_connector.kv_transfer.transport.rdma.target import Serve
 
 logger = logging.getLogger(__name__)
@@ -24,27 +26,31 @@ class Fabric:
 
     Raises:
         ConfigError: A NIC that the settings name is not there, or a GID or the topology file is not usable.
-        TransportError: There is no RDMA here; the message has the mend.
+        TransportError: There is no RDMA here, or none is up and the settings want nothing else; the message
+            has the mend.
     """
 
     def __init__(self, config: TransferConfig, serve: Serve) -> None:
         if (reason := unavailable()) is not None:
             raise TransportError(reason)
         self._config = config
-        allow = tuple(name.strip() for name in config.rdma_devices.split(",") if name.strip())
-        self._rules = NicRules.of(allow=allow, override=config.topology or None)
-        self._topology = discover()
-        self._rules.check(self._topology)
-        self._matrix = _distances(self._topology, self._rules)
+        topology = discover()
+        self._rules = _rules(config, topology)
+        self._matrix = _distances(topology, self._rules)
+        self._location = "cpu:0"
+        nics = self._admitted(topology)
         gid = config.rdma_gid_index
-        self._devices = RdmaDevices(
-            self._topology.nics, wanted=config.rdma_devices, gid_index=None if gid < 0 else gid
-        )
+        self._devices = RdmaDevices(nics, gid_index=None if gid < 0 else gid)
+        if not self._devices.nics:
+            idle = f"no port is active of {', '.join(nic.name for nic in nics) or 'the RDMA devices'}"
+            if config.paths == ("rdma",):
+                self._devices.close()
+                raise TransportError(f"rdma: {idle} (mend: `ip link set up` its interface)")
+            logger.info("no rdma yet: %s", idle)
         self._lock = threading.Lock()
-        self._regions: dict[Region, int] = {}
         self._rails: weakref.WeakSet[RdmaRails] = weakref.WeakSet()
-        self.target = RdmaTarget(self._devices.nics, serve, penalty=self.penalty)
-        self._watcher = Watcher(self._topology, self._changed)
+        self.target = RdmaTarget(self._nics, serve, penalty=self.penalty)
+        self._watcher = Watcher(topology, self._changed)
 
     def register(self, region: Region) -> None:
         """Let all NICs read and write a region.
@@ -53,31 +59,24 @@ class Fabric:
             TransportError: A NIC can't.
         """
         self._devices.register(region)
-        with self._lock:
-            self._regions[region] = self._regions.get(region, 0) + 1
+        self._settle()
 
     def deregister(self, region: Region) -> None:
         """Undo one `register`."""
-        with self._lock:
-            self._regions[region] -= 1
-            if not self._regions[region]:
-                del self._regions[region]
         self._devices.deregister(region)
+        self._settle()
 
     def penalty(self, nic: str) -> float:
-        """From most of this process's memory to a NIC: 1 is near."""
-        with self._lock:
-            size: dict[str, int] = {}
-            for region in self._regions:
-                size[region.location] = size.get(region.location, 0) + region.length
-        return self._matrix.penalty(max(size, key=size.__getitem__, default="cpu:0"), nic)
+        """From most of this process's memory to a NIC: 1 is near, infinite that it is not to be used."""
+        return self._matrix.penalty(self._location, nic)
 
     def rails(self, name: str, token: bytes, ask: Ask, events: LinkEvents) -> RdmaRails:
         """The rails of one link; `open` them once its streams are being made."""
         rails = RdmaRails(
-            name, token, ask, events, self._devices.nics, qps=self._config.rdma_qps, penalty=self.penalty
+            name, token, ask, events, self._nics, qps=self._config.rdma_qps, penalty=self.penalty
         )
-        self._rails.add(rails)
+        with self._lock:
+            self._rails.add(rails)
         return rails
 
     def close(self) -> None:
@@ -85,12 +84,47 @@ class Fabric:
         self._watcher.close()
         self._devices.close()
 
+    def _nics(self) -> Sequence[RdmaNic]:
+        return self._devices.nics
+
+    def _admitted(self, topology: Topology) -> list[Nic]:
+        return [nic for nic in topology.nics if nic.kind == "rdma" and self._rules.admits(nic)]
+
+    def _settle(self) -> None:
+        """Where most of the memory is decides which NICs are near."""
+        size: dict[str, int] = {}
+        for region in self._devices.regions:
+            size[region.location] = size.get(region.location, 0) + region.length
+        location = max(size, key=size.__getitem__, default=self._location)
+        if location != self._location:
+            self._location = location
+            self._refresh()
+
     def _changed(self, changes: Sequence[Change], topology: Topology) -> None:
-        """Ports that went down broke their rails by themselves; what is new is put to use."""
-        for change in changes:
-            logger.info("NIC %s: %s", change.nic.name, change.kind)
-        self._topology = topology
-        self._matrix = _distances(topology, self._rules)
+        """Told by the watcher. What is to do follows from what there is now, however that came about."""
+        if any(change.nic.kind == "rdma" for change in changes):
+            self._matrix = _distances(topology, self._rules)
+            self._devices.refresh(self._admitted(topology))
+            self._refresh()
+
+    def _refresh(self) -> None:
+        self.target.refresh()
+        with self._lock:
+            links = list(self._rails)
+        for rails in links:
+            rails.refresh()
+
+
+def _rules(config: TransferConfig, topology: Topology) -> NicRules:
+    allow = tuple(name.strip() for name in config.rdma_devices.split(",") if name.strip())
+    rules = NicRules.of(allow=allow, override=config.topology or None)
+    try:
+        rules.check(topology)
+    except ConfigError as wrong:
+        raise ConfigError(
+            f"rdma_devices={config.rdma_devices!r}, topology={config.topology!r}: {wrong}"
+        ) from wrong
+    return rules
 
 
 def _distances(topology: Topology, rules: NicRules) -> Matrix:

@@ -36,7 +36,7 @@ class _Target:
         self.late = np.zeros(1 << 16, np.uint8)
         self.devices = RdmaDevices(discover().nics)
         self.devices.register(region(self.memory))
-        self.target = RdmaTarget(self.devices.nics, self.handlers.__setitem__)
+        self.target = RdmaTarget(lambda: self.devices.nics, self.handlers.__setitem__)
 
     def admit(self, peer: str) -> tuple[int, int]:
         self.target.admit(peer, TOKEN)
@@ -151,7 +151,12 @@ class Link:
         self._changed = threading.Condition()
         self.address, self.nbytes = peer.call("admit", name)
         self.rails = RdmaRails(
-            name, TOKEN, lambda topic, body, then: peer.ask(name, topic, body, then), self, nics, qps=qps
+            name,
+            TOKEN,
+            lambda topic, body, then: peer.ask(name, topic, body, then),
+            self,
+            lambda: nics,
+            qps=qps,
         )
         self.rails.open()
         self.until(lambda: bool(self.up), "a rail")

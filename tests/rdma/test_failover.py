@@ -78,6 +78,7 @@ def two(request: pytest.FixtureRequest, nics: list[Nic]) -> Iterator[Two]:
 def test_a_nic_goes_down_and_the_other_finishes(two: Two, nics: list[Nic], cables: Cables) -> None:
     transfer = two.begin()
     cables.pull(nics[0])
+    until(lambda: not two.up(nics[0]), 10)
     carried = two.over(nics[0].device)
     two.finish(transfer)
     assert two.over(nics[0].device) == carried < SIZE // 2

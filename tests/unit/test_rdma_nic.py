@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from mooncake_connector.errors import ConfigError, TransportError
 from mooncake_connector.kv_transfer.memory import Region
@@ -156,8 +157,16 @@ def test_events_reach_those_who_listen(fakes: Fakes) -> None:
     assert fakes.nic.problem() == "mlx5_0 does not answer: no such device"
     fakes.event = DEVICE_FATAL
     fakes.ready()
-    assert "restart this process" in heard[-1]
+    assert "failed: it is used again once its driver has brought it back" in heard[-1]
     assert fakes.nic.problem() == heard[-1]
+    assert not fakes.nic.still(TOPOLOGY_NIC)
+
+
+def test_a_port_goes_on_while_it_has_its_address(fakes: Fakes) -> None:
+    fewer = replace(TOPOLOGY_NIC, gids=TOPOLOGY_NIC.gids[:1])
+    assert fakes.nic.still(replace(TOPOLOGY_NIC, speed=1.0))
+    assert not fakes.nic.still(fewer)
+    assert fakes.nic.still(replace(fewer, state="DOWN")), "addresses go with the port, and come back with it"
 
 
 def test_it_closes_in_order(fakes: Fakes) -> None:
@@ -166,3 +175,21 @@ def test_it_closes_in_order(fakes: Fakes) -> None:
     assert fakes.closed == ["events", "mr 1", "pd", "context"]
     fakes.nic.close()
     assert fakes.closed.count("context") == 1
+
+
+def test_whoever_holds_it_last_gives_it_back(fakes: Fakes) -> None:
+    for _ in range(2):
+        fakes.nic.hold()
+    fakes.nic.close()
+    fakes.nic.release()
+    assert not fakes.closed
+    with pytest.raises(TransportError, match="mlx5_0 is gone"):
+        fakes.nic.hold()
+    with pytest.raises(TransportError, match="mlx5_0 is gone"):
+        fakes.nic.register(Region(4096, 4096))
+    assert fakes.nic.problem() == "mlx5_0 is gone"
+    fakes.event = PORT_ERR
+    fakes.ready()
+    assert fakes.event == PORT_ERR, "a device that is closed is not asked"
+    fakes.nic.release()
+    assert fakes.closed == ["events", "pd", "context"]

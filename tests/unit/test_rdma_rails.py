@@ -1,6 +1,5 @@
 """How rails are opened, broken, fenced and made anew, and how the target counts: on faked queue pairs."""
 
-import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -41,8 +40,10 @@ class FakeRail:
     path = "rdma"
     card = CARD
 
-    def __init__(self, name: str, nic: FakeNic, *, on_broken: Callable[[str], None], **_: Any) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, nic: FakeNic, *, penalty: float, on_broken: Callable[[str], None], **_: Any
+    ) -> None:
+        self.name, self.nic, self.penalty = name, nic, penalty
         self.completed = 0
         self.there: Any = None
         self.broken: str | None = None
@@ -70,32 +71,60 @@ class World:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(initiator, "RdmaRail", FakeRail)
+        monkeypatch.setattr(initiator, "_later", self._later)
         self.nic = FakeNic("a")
         self.log: list[str] = []
         self.rail: Any = None
         self.asked: list[tuple[str, bytes, Callable[[bytes | Failure], None]]] = []
-        self._came = threading.Condition()
-        nics: Any = [self.nic]
-        self.rails = RdmaRails("link", TOKEN, self.ask, self, nics, qps=1)
+        self.due: list[tuple[float, Callable[[], None]]] = []
+        self.nics: Any = [self.nic]
+        self.penalties: dict[str, float] = {}
+        self.rails = RdmaRails(
+            "link",
+            TOKEN,
+            self.ask,
+            self,
+            lambda: self.nics,
+            qps=1,
+            penalty=lambda nic: self.penalties.get(nic, 1.0),
+        )
         self.rails.open()
 
     def ask(self, topic: str, body: bytes, on_answer: Callable[[bytes | Failure], None]) -> None:
-        with self._came:
-            self.asked.append((topic, body, on_answer))
-            self._came.notify_all()
+        self.asked.append((topic, body, on_answer))
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        if seconds:
+            self.due.append((seconds, call))
+        else:
+            call()
+
+    def wait(self) -> float:
+        """Time passes until the next thing is due: how much."""
+        seconds, call = self.due.pop(0)
+        call()
+        return seconds
 
     def answer(self, topic: str, answer: bytes | Failure) -> bytes:
         """Answer the oldest question, which has to be this one; what was asked."""
-        with self._came:
-            assert self._came.wait_for(lambda: self.asked, 5), f"nobody asked {topic}"
-            found, body, on_answer = self.asked.pop(0)
+        found, body, on_answer = self.asked.pop(0)
         assert found == topic
         on_answer(answer)
         return body
 
+    def tell(self, *nics: str) -> None:
+        """The target has these."""
+        told = [cards.NicCard(nic, "::", 2e9, 1.5) for nic in nics]
+        self.answer(cards.NICS, cards.encode(cards.Nics(told)))
+
+    def opened(self) -> str:
+        """The target opens its end of a rail, on this NIC."""
+        body = self.answer(cards.OPEN, cards.encode(cards.Opened(CARD, [])))
+        return cards.decode(body, cards.Open).nic
+
     def open(self) -> "World":
-        self.answer(cards.NICS, cards.encode(cards.Nics([cards.NicCard("b", "::", 2e9, 1.5)])))
-        self.answer(cards.OPEN, cards.encode(cards.Opened(CARD, [])))
+        self.tell("b")
+        self.opened()
         assert self.log == ["up rdma-a-b-0"]
         self.log.clear()
         return self
@@ -138,8 +167,10 @@ def test_a_broken_rail_is_fenced_then_made_anew(world: World) -> None:
 
 def test_a_fence_is_asked_for_until_a_stream_carries_it(world: World) -> None:
     world.open().rail.fail("broken")
-    for _ in range(4):
+    for pause in (0.02, 0.04, 0.08):
         world.answer(cards.FENCE, BROKE)
+        assert not world.asked
+        assert world.wait() == pause
     assert world.log == ["down broken"]
     world.answer(cards.FENCE, b"")
     assert world.log == ["down broken", "fenced"]
@@ -179,6 +210,145 @@ def test_nothing_follows_a_close(world: World) -> None:
     assert not world.asked
 
 
+def test_a_nic_that_is_gone_takes_its_rails_along_until_it_is_back(world: World) -> None:
+    world.open()
+    world.nics = []
+    world.rails.refresh()
+    assert world.log == ["down rdma rdma-a-b-0: the NIC here was taken away"]
+    assert not world.nic.listeners
+    world.rails.restore("rdma-a-b-0")
+    world.answer(cards.FENCE, b"")
+    world.rails.restore("rdma-a-b-0")
+    assert world.log[1:] == ["fenced"]
+    assert not world.asked
+    world.nics = [FakeNic("a")]
+    world.rails.refresh()
+    assert world.opened() == "b"
+    assert world.log[2:] == ["up rdma-a-b-0"]
+    assert world.rail.nic is world.nics[0]
+    for listener in world.nics[0].listeners:
+        listener("the port of a went down")
+    assert world.log[3:] == ["down the port of a went down"]
+
+
+def test_a_nic_that_was_opened_anew_gets_its_rails_after_their_fence(world: World) -> None:
+    world.open()
+    world.nics = [FakeNic("a")]
+    world.rails.refresh()
+    world.answer(cards.FENCE, b"")
+    world.opened()
+    assert [line.split()[0] for line in world.log] == ["down", "fenced", "up"]
+    assert world.rail.nic is world.nics[0]
+
+
+def test_a_nic_that_goes_while_its_rail_is_made(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = FakeRail.__init__
+
+    def slow(self: FakeRail, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
+        world.nics = []
+        world.rails.refresh()
+
+    monkeypatch.setattr(FakeRail, "__init__", slow)
+    world.tell("b")
+    assert world.log == ["down rdma rdma-a-b-0: the NIC here was taken away"]
+    assert [topic for topic, _, _ in world.asked] == [cards.FENCE]
+
+
+def test_a_nic_that_is_new_gets_rails_and_the_others_keep_theirs(world: World) -> None:
+    world.open()
+    first = world.rail
+    world.nics = [FakeNic("c"), world.nic]
+    world.penalties = {"c": 2.0}
+    world.rails.refresh()
+    assert not world.asked, "the target may be getting one at the same moment"
+    world.wait()
+    world.tell("b", "d")
+    assert world.opened() == "d"
+    assert world.log == ["up rdma-c-d-0"], "the nearest of both sides have met before"
+    assert first.broken is None
+    assert world.rail.penalty == 3.0
+
+
+def test_a_port_that_came_up_is_used_at_once(world: World) -> None:
+    world.open()
+    world.nic.down = "the port of a is down"
+    world.rail.fail(world.nic.down)
+    world.answer(cards.FENCE, b"")
+    world.rails.refresh()
+    assert not world.asked
+    assert world.log == ["down the port of a is down", "fenced"]
+    world.nic.down = None
+    world.rails.refresh()
+    world.opened()
+    assert world.log[2:] == ["up rdma-a-b-0"]
+
+
+def test_a_nic_of_infinite_penalty_is_not_used(world: World) -> None:
+    world.open()
+    world.penalties = {"a": float("inf")}
+    world.rails.refresh()
+    assert world.log == ["down rdma rdma-a-b-0: the NIC here was taken away"]
+    world.answer(cards.FENCE, b"")
+    world.rails.restore("rdma-a-b-0")
+    assert not world.asked
+
+
+def test_rails_are_described_anew_when_memory_is_registered_elsewhere(world: World) -> None:
+    world.open()
+    world.rails.refresh()
+    assert not world.log
+    world.penalties = {"a": 4.0}
+    world.rails.refresh()
+    assert world.log == ["up rdma-a-b-0"]
+    assert world.rail.penalty == 6.0
+
+
+def test_a_target_that_has_other_nics_now_is_asked_for_them(world: World) -> None:
+    world.open().rail.fail("broken")
+    world.answer(cards.FENCE, b"")
+    world.rails.restore("rdma-a-b-0")
+    world.answer(cards.OPEN, Failure("the target has no NIC b; it has d", retry=False))
+    world.answer(cards.FENCE, b"")
+    assert not world.asked
+    world.wait()
+    world.tell("d")
+    assert world.opened() == "d"
+    assert world.log[-1] == "up rdma-a-d-0"
+    assert not world.asked
+
+
+def test_a_target_without_nics_is_asked_again(world: World) -> None:
+    world.tell()
+    world.wait()
+    world.tell()
+    world.wait()
+    world.open()
+
+
+def test_who_has_no_nic_asks_when_there_is_one(world: World) -> None:
+    world.asked.clear()
+    world.nics = []
+    rails = RdmaRails("other", TOKEN, world.ask, world, lambda: world.nics)
+    rails.open()
+    assert not world.asked
+    world.nics = [FakeNic("c")]
+    rails.refresh()
+    world.wait()
+    world.tell("b")
+    world.opened()
+    assert world.log == ["up rdma-c-b-0"]
+
+
+def test_abandoning_a_rail_that_broke_already_is_answered(world: World) -> None:
+    world.open().rail.fail("broken")
+    world.rails.abandon("rdma-a-b-0", "stuck")
+    assert world.log == ["down broken", "down stuck"]
+    world.answer(cards.FENCE, b"")
+    world.rails.abandon("rdma-a-b-0", "stuck")
+    assert world.log[2:] == ["fenced", "down stuck", "fenced"]
+
+
 # ---------------------------------------------------------------------- target
 
 
@@ -187,6 +357,7 @@ class FakePair:
     made: list["FakePair"] = []  # noqa: RUF012 - emptied for each test
 
     def __init__(self, nic: Any, depth: int, on_ready: Callable[[], None]) -> None:
+        self.nic = nic
         self.connected = self.closed = False
         self.arrived = 0
         self._on_ready = on_ready
@@ -214,8 +385,11 @@ class Asker:
     def __init__(self) -> None:
         self.nic = FakeNic("b")
         self._handlers: dict[str, Callable[[str, bytes], bytes]] = {}
-        nics: Any = [self.nic]
-        self.target = RdmaTarget(nics, self._handlers.__setitem__, penalty=lambda nic: 2.0)
+        self.nics_now: Any = [self.nic]
+        self.penalty = 2.0
+        self.target = RdmaTarget(
+            lambda: self.nics_now, self._handlers.__setitem__, penalty=lambda nic: self.penalty
+        )
 
     def open(self, number: int, token: bytes = TOKEN, nic: str = "b") -> FakePair:
         question = cards.encode(cards.Open(token, number, nic, CARD))
@@ -315,3 +489,37 @@ def test_the_target_tells_its_nics_and_their_state(asker: Asker) -> None:
     asker.nic.down = "the port of b is down"
     with pytest.raises(TransportError, match="the port of b is down"):
         asker.open(1)
+    asker.penalty = float("inf")
+    assert asker.nics().nics == []
+
+
+def test_a_nic_that_is_gone_at_the_target_takes_its_rails_along(asker: Asker) -> None:
+    one = asker.open(1)
+    asker.nics_now = [FakeNic("c"), asker.nic]
+    other = asker.open(2, nic="c")
+    seen = asker.waits(Mark(1, 2), Mark(2, 1))
+    other.arrive(1)
+    asker.nics_now = asker.nics_now[:1]
+    asker.target.refresh()
+    assert one.closed
+    assert not other.closed
+    assert seen == [True], "what the initiator saw complete has landed"
+    with pytest.raises(TransportError, match="has no NIC b; it has c"):
+        asker.open(3)
+    asker.fence(1)
+
+
+def test_a_nic_that_goes_at_the_target_while_a_rail_is_made(
+    asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = FakePair.__init__
+
+    def slow(self: FakePair, *args: Any) -> None:
+        made(self, *args)
+        asker.nics_now = []
+        asker.target.refresh()
+
+    monkeypatch.setattr(FakePair, "__init__", slow)
+    with pytest.raises(TransportError, match="b is gone"):
+        asker.open(1)
+    assert FakePair.made[-1].closed

@@ -8,20 +8,14 @@ from typing import Any
 
 import pytest
 
-from mooncake_connector.errors import ConfigError, TransportError
+from mooncake_connector.errors import TransportError
 from mooncake_connector.kv_transfer.memory import Region
-from mooncake_connector.kv_transfer.topology.model import Nic
 from mooncake_connector.kv_transfer.transport.rdma import cards, verbs
 from mooncake_connector.kv_transfer.transport.rdma.initiator import pairs
-from mooncake_connector.kv_transfer.transport.rdma.nic import matching
 from mooncake_connector.kv_transfer.transport.rdma.poller import Poller
 from mooncake_connector.kv_transfer.transport.rdma.registration import Registered, Way, register
 
 CPU, GPU = Region(1 << 20, 4096), Region(1 << 30, 4096, "cuda:0")
-
-
-def nic(name: str, kind: Any = "rdma") -> Nic:
-    return Nic(name=name, kind=kind, device=name, port=1)
 
 
 def card(label: str) -> cards.NicCard:
@@ -81,14 +75,6 @@ def test_memory_that_no_way_registers_names_every_mend() -> None:
     with pytest.raises(TransportError, match="memlock=-1") as cpu:
         register(CPU, "mlx5_0", makers)
     assert "stage" not in str(cpu.value)
-
-
-def test_nics_are_picked_by_name_and_pattern() -> None:
-    nics = [nic("mlx5_0"), nic("mlx5_1"), nic("eth0", "tcp"), nic("rxe0")]
-    assert [n.name for n in matching(nics, "")] == ["mlx5_0", "mlx5_1", "rxe0"]
-    assert [n.name for n in matching(nics, "rxe0, mlx5_*")] == ["mlx5_0", "mlx5_1", "rxe0"]
-    with pytest.raises(ConfigError, match="rdma_devices: 'eth0' matches no NIC; this host has mlx5_0"):
-        matching(nics, "mlx5_0,eth0")
 
 
 @pytest.mark.parametrize(("here", "there"), [(1, 1), (2, 1), (1, 4), (3, 8), (8, 8), (0, 2), (2, 0)])

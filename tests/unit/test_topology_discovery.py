@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mooncake_connector.kv_transfer.topology import Distance, Gpu, Nic, Node, Topology, discover, record
+from mooncake_connector.kv_transfer.topology.discovery import glance
 from mooncake_connector.kv_transfer.topology.refine import refine
 from tests.unit.sysfs_trees import (
     DGX_COMPUTE,
@@ -54,6 +55,20 @@ def test_dgx_h100(tmp_path: Path) -> None:
         assert [name for name, distance in distances.items() if distance == Distance.PIX] == [own]
         near = {name for name, distance in distances.items() if distance == Distance.NODE}
         assert near == {name for name, nic in nics.items() if nic.numa == gpu.numa} - {own}
+
+
+def test_a_device_that_is_being_removed_counts_no_more(tmp_path: Path) -> None:
+    two_sockets(tmp_path)
+    before = discover(tmp_path)
+    for number in range(4):
+        verbs = tmp_path / f"class/infiniband_verbs/uverbs{number}"
+        verbs.mkdir(parents=True)
+        (verbs / "ibdev").write_text(f"mlx5_{number}\n")
+    assert discover(tmp_path) == before
+    seen = glance(tmp_path)
+    shutil.rmtree(tmp_path / "class/infiniband_verbs/uverbs2")
+    assert glance(tmp_path) != seen
+    assert set(nics_of(before)) - set(nics_of(discover(tmp_path))) == {"mlx5_2"}
 
 
 def test_two_sockets(tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def discover_nics(sysfs: Path = SYS, known: Iterable[Nic] = ()) -> tuple[Nic, ..
 def glance(sysfs: Path = SYS) -> tuple[str, ...]:
     """Equal as long as no NIC comes, goes, or changes state; much cheaper than `discover_nics`."""
     root = Sysfs(sysfs)
-    states = (*root.root.glob("class/infiniband/*/ports/*/state"), *root.root.glob("class/net/*/operstate"))
+    patterns = ("class/infiniband/*/ports/*/state", "class/infiniband_verbs/*/ibdev", "class/net/*/operstate")
+    states = [path for pattern in patterns for path in root.root.glob(pattern)]
     return tuple(sorted(f"{path} {root.text(path)}" for path in states))
 
 
@@ -92,9 +93,13 @@ def _gpus(sysfs: Sysfs) -> tuple[Gpu, ...]:
 
 
 def _nics(sysfs: Sysfs, known: _Known | None = None) -> tuple[Nic, ...]:
+    # A device that is being removed loses its verbs first, and stays in sysfs until nobody has it open.
+    verbs = sysfs.children(sysfs.root / "class/infiniband_verbs")
+    usable = {sysfs.text(path / "ibdev") for path in verbs}
     rdma = [
         nic
         for link in sysfs.children(sysfs.root / "class/infiniband")
+        if not verbs or link.name in usable
         for nic in _ports(sysfs, link, known or {})
     ]
     taken = {nic.netdev for nic in rdma}

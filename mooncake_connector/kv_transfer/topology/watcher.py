@@ -84,6 +84,8 @@ class Watcher:
                 now = time.monotonic()
                 for fd in ready:
                     _drain(fd)
+                    # Where events never cease, addresses are read `poll_s` after the first of them.
+                    read_all = read_all if settled else now
                     due, settled = min(due, now + _SOON_S), now + _SETTLED_S
                 if now < due:
                     continue

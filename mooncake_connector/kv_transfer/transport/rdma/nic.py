@@ -2,11 +2,11 @@
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from mooncake_connector.errors import ConfigError, TransportError
+from mooncake_connector.errors import TransportError
 from mooncake_connector.kv_transfer.memory import Region
 from mooncake_connector.kv_transfer.topology.gid import choose_gid
 from mooncake_connector.kv_transfer.topology.model import Nic
@@ -30,6 +30,9 @@ class _Entry:
 class RdmaNic:
     """A port with its context, protection domain and memory. Thread-safe.
 
+    The kernel takes a device away only when nobody has it open, and verbs must not be called on one that is
+    closed. So whoever uses it holds it, and the last one who lets go of a NIC that was closed gives it back.
+
     Args:
         nic: as the topology describes it.
         poller: whose thread watches the device's events.
@@ -51,6 +54,7 @@ class RdmaNic:
         self.label, self.port, self.speed = nic.name, nic.port, nic.bandwidth
         self.roce = nic.link_layer == "Ethernet"
         self.gid, self.gid_index = gid.gid, gid.index
+        self._address = gid
         self.poller = poller
         self.local = self.remote = Keys.of([])
         self.listeners: list[Callable[[str], None]] = []
@@ -58,6 +62,9 @@ class RdmaNic:
         self._entries: dict[tuple[int, int], _Entry] = {}
         self._closing: list[Callable[[], None]] = []
         self._fatal: str | None = None
+        self._life = threading.Lock()
+        self._holders = 0
+        self._closed = False
         try:
             self.context, self._events = verbs.event_fd(lambda: verbs.Context(name=nic.device))
             self._closing.append(self.context.close)
@@ -80,6 +87,60 @@ class RdmaNic:
             self.label, self.port, gid.index, gid.type, gid.ip, 128 << self.mtu, self.speed * 8e-9,
         )  # fmt: skip
 
+    # ------------------------------------------------------------------ life
+
+    def hold(self) -> None:
+        """Keep it open until `release`, whoever closes it.
+
+        Raises:
+            TransportError: It was closed.
+        """
+        with self._life:
+            if self._closed:
+                raise TransportError(f"{self.label} is gone")
+            self._holders += 1
+
+    def release(self) -> None:
+        """Undo one `hold`."""
+        with self._life:
+            self._holders -= 1
+            last = self._closed and not self._holders
+        if last:
+            self._give_back()
+
+    def close(self) -> None:
+        """Take nothing new; give everything back, in order, as soon as the last queue pair is gone."""
+        with self._life:
+            last = not self._closed and not self._holders
+            self._closed = True
+        if last:
+            self._give_back()
+
+    def still(self, nic: Nic) -> bool:
+        """Whether a port, as it is now, can go on as it was opened: it has not failed, nor lost its GID."""
+        return self._fatal is None and (not nic.active or self._address in nic.gids)
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        self.hold()
+        try:
+            yield
+        finally:
+            self.release()
+
+    def _give_back(self) -> None:
+        with self._lock:
+            entries, self._entries = list(self._entries.values()), {}
+            self._rebuild()
+        if getattr(self, "_events", None) is not None:
+            self.poller.remove(self._events, self._on_event)
+        for close in (*(entry.made.mr.close for entry in entries), *reversed(self._closing)):
+            try:
+                close()
+            except verbs.PyverbsError as failed:
+                log.warning("rdma: %s: closing: %s", self.label, failed)
+        self._closing.clear()
+
     # ------------------------------------------------------------------ memory
 
     def register(self, region: Region) -> None:
@@ -88,7 +149,7 @@ class RdmaNic:
         Raises:
             TransportError: The NIC can't, or the region overlaps another one without being part of it.
         """
-        with self._lock:
+        with self._held(), self._lock:
             low, high = region.address, region.address + region.length
             for entry in self._entries.values():
                 start, end = entry.region.address, entry.region.address + entry.region.length
@@ -140,7 +201,10 @@ class RdmaNic:
         if self._fatal is not None:
             return self._fatal
         try:
-            active = self._port().state == verbs.e.IBV_PORT_ACTIVE
+            with self._held():
+                active = self._port().state == verbs.e.IBV_PORT_ACTIVE
+        except TransportError as gone:
+            return str(gone)
         except verbs.PyverbsError as failed:
             return f"{self.label} does not answer: {failed}"
         return None if active else f"the port of {self.label} is down"
@@ -150,14 +214,15 @@ class RdmaNic:
 
     def _on_event(self) -> None:
         try:
-            event = self.context.get_async_event()
-        except verbs.PyverbsError:
+            with self._held():
+                event = self.context.get_async_event()
+                kind = event.event_type
+                event.ack()
+        except (verbs.PyverbsError, TransportError):
             return  # woken in vain
-        kind = event.event_type
-        event.ack()
         e = verbs.e
         if kind == e.IBV_EVENT_DEVICE_FATAL:
-            self._fatal = f"{self.label} failed for good: restart this process, or take it off rdma_devices"
+            self._fatal = f"{self.label} failed: it is used again once its driver has brought it back"
         if kind in (e.IBV_EVENT_PORT_ERR, e.IBV_EVENT_DEVICE_FATAL):
             reason = self._fatal or f"the port of {self.label} went down"
         elif kind in (e.IBV_EVENT_QP_FATAL, e.IBV_EVENT_QP_REQ_ERR, e.IBV_EVENT_QP_ACCESS_ERR):
@@ -168,34 +233,3 @@ class RdmaNic:
         log.warning("rdma: %s: %s", self.label, reason or "a queue pair failed")
         for listener in list(self.listeners):
             listener(reason)
-
-    def close(self) -> None:
-        """Give everything back, in order; queue pairs have to be gone."""
-        with self._lock:
-            entries, self._entries = list(self._entries.values()), {}
-            self._rebuild()
-        if getattr(self, "_events", None) is not None:
-            self.poller.remove(self._events, self._on_event)
-        for close in (*(entry.made.mr.close for entry in entries), *reversed(self._closing)):
-            try:
-                close()
-            except verbs.PyverbsError as failed:
-                log.warning("rdma: %s: closing: %s", self.label, failed)
-        self._closing.clear()
-
-
-def matching(nics: Sequence[Nic], wanted: str) -> list[Nic]:
-    """Those RDMA ports that the setting ``rdma_devices`` names, of any state.
-
-    Raises:
-        ConfigError: A name or pattern matches none.
-    """
-    ports = [nic for nic in nics if nic.kind == "rdma"]
-    patterns = [pattern.strip() for pattern in wanted.split(",") if pattern.strip()]
-    if not patterns:
-        return ports
-    for pattern in patterns:
-        if not any(fnmatchcase(nic.name, pattern) for nic in ports):
-            known = ", ".join(nic.name for nic in ports) or "none"
-            raise ConfigError(f"rdma_devices: {pattern!r} matches no NIC; this host has {known}")
-    return [nic for nic in ports if any(fnmatchcase(nic.name, pattern) for pattern in patterns)]

@@ -34,7 +34,7 @@ class QueuePair:
     """Thread-safe, but for `post`, which its owner serialises.
 
     Args:
-        nic: of this end; not closed before its queue pairs.
+        nic: of this end, held as long as this lives.
         depth: send requests that fit; 0 for the end that is written to.
         on_ready: called from the poller's thread when `take` may have something.
 
@@ -55,6 +55,7 @@ class QueuePair:
         self._open: list[Any] = []
         receives = RECEIVE_BATCH * RECEIVE_BATCHES if self.receives else 1
         e = verbs.e
+        nic.hold()
         try:
             self._channel, self._fd = verbs.event_fd(lambda: self._kept(verbs.CompChannel(nic.context)))
             self._cq = self._kept(verbs.CQ(nic.context, depth + receives + 1, None, self._channel, 0))
@@ -196,6 +197,7 @@ class QueuePair:
                 made.close()
             except verbs.PyverbsError as failed:
                 log.warning("rdma: %s: closing %s: %s", self.nic.label, type(made).__name__, failed)
+        self.nic.release()
 
 
 @cache

@@ -93,13 +93,37 @@ def _exported(region: Region) -> Iterator[tuple[int, int]]:
     start = region.address & -mmap.PAGESIZE
     end = -(-(region.address + region.length) // mmap.PAGESIZE) * mmap.PAGESIZE
     kind = driver.CUmemRangeHandleType.CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD
-    error, fd = driver.cuMemGetHandleForAddressRange(start, end - start, kind, 0)
-    if error != driver.CUresult.CUDA_SUCCESS:
-        raise TransportError(f"the driver exports no dma-buf: {error.name}")
+    with _current_context(driver, region.address):
+        fd = int(_got(driver.cuMemGetHandleForAddressRange(start, end - start, kind, 0)))
     try:
-        yield int(fd), region.address - start
+        yield fd, region.address - start
     finally:
-        os.close(int(fd))  # the NIC's registration keeps the buffer
+        os.close(fd)  # the NIC's registration keeps the buffer
+
+
+@contextlib.contextmanager
+def _current_context(driver: Any, address: int) -> Iterator[None]:
+    """The driver exports in threads with a context only, and NICs that come later find a thread without."""
+    ordinal = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    device = _got(driver.cuDeviceGet(_got(driver.cuPointerGetAttribute(ordinal, address))))
+    _got(driver.cuCtxPushCurrent(_got(driver.cuDevicePrimaryCtxRetain(device))))
+    try:
+        yield
+    finally:
+        driver.cuCtxPopCurrent()
+        driver.cuDevicePrimaryCtxRelease(device)
+
+
+def _got(result: Any) -> Any:
+    """What a driver call gave.
+
+    Raises:
+        TransportError: An error.
+    """
+    error, *values = result
+    if error.value:
+        raise TransportError(f"the driver exports no dma-buf: {error.name}")
+    return values[0] if values else None
 
 
 _MENDS = {

@@ -2,6 +2,7 @@
 
 import hmac
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -54,15 +55,19 @@ class RdmaTarget:
     and the fence of a single rail destroy queue pairs, which no late write survives.
 
     Args:
-        nics: of this process; they stay open, whoever opened them closes them.
+        nics: those of this process as they are now; `refresh` after they changed.
         serve: registers a handler of questions that peers ask over their streams.
-        penalty: from this process's memory to a NIC, by label.
+        penalty: from this process's memory to a NIC, by label; infinite for one that is not to be used.
     """
 
     def __init__(
-        self, nics: Sequence[RdmaNic], serve: Serve, *, penalty: Callable[[str], float] = lambda nic: 1.0
+        self,
+        nics: Callable[[], Sequence[RdmaNic]],
+        serve: Serve,
+        *,
+        penalty: Callable[[str], float] = lambda nic: 1.0,
     ) -> None:
-        self._nics = {nic.label: nic for nic in nics}
+        self._nics = nics
         self._penalty = penalty
         self._lock = threading.RLock()
         self._peers: dict[str, _Peer] = {}
@@ -70,6 +75,18 @@ class RdmaTarget:
         serve(cards.OPEN, self._open)
         serve(cards.REGIONS, self._tell_regions)
         serve(cards.FENCE, self._fence)
+
+    def refresh(self) -> None:
+        """The NICs have changed: rails of those that are gone are destroyed."""
+        seen: list[Callable[[], None]] = []
+        with self._lock:
+            nics = self._nics()
+            for peer in self._peers.values():
+                lost = [number for number, rail in peer.rails.items() if rail.pair.nic not in nics]
+                for number in lost:
+                    seen += self._destroy(peer, number)
+        for on_seen in seen:
+            on_seen()
 
     def admit(self, peer: str, token: bytes) -> None:
         """Serve this peer's link that has `token`, and no earlier one any more."""
@@ -115,10 +132,11 @@ class RdmaTarget:
 
     def _tell_nics(self, peer: str, body: bytes) -> bytes:
         self._known(peer, cards.decode(body, cards.Hello).token)
-        nics = list(self._nics.values())
+        nics = self._nics()
         usable = [nic for nic in nics if nic.problem() is None] or nics
         told = [cards.NicCard(nic.label, nic.gid, nic.speed, self._penalty(nic.label)) for nic in usable]
-        return cards.encode(cards.Nics(sorted(told, key=lambda card: card.penalty)))
+        near = [card for card in told if card.penalty < math.inf]
+        return cards.encode(cards.Nics(sorted(near, key=lambda card: card.penalty)))
 
     def _tell_regions(self, peer: str, body: bytes) -> bytes:
         which = cards.decode(body, cards.Which)
@@ -141,6 +159,8 @@ class RdmaTarget:
                     raise TransportError(f"rdma: rail {asked.number} was there before: take another number")
                 if len(known.rails) >= MAX_RAILS:
                     raise TransportError(f"rdma: {MAX_RAILS} rails are the most that a peer can have")
+                if nic not in self._nics():
+                    raise TransportError(f"{nic.label} is gone")
                 rail.pair.connect(asked.card)
                 known.rails[asked.number] = rail
         except TransportError:
@@ -167,11 +187,10 @@ class RdmaTarget:
         return known
 
     def _nic(self, label: str) -> RdmaNic:
-        nic = self._nics.get(label)
-        if nic is None:
-            known = ", ".join(self._nics) or "none"
-            raise TransportError(f"rdma: the target has no NIC {label}; it has {known}")
-        return nic
+        nics = {nic.label: nic for nic in self._nics()}
+        if label not in nics:
+            raise TransportError(f"rdma: the target has no NIC {label}; it has {', '.join(nics) or 'none'}")
+        return nics[label]
 
     # ------------------------------------------------------------------ landing
 
