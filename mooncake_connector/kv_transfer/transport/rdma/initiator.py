@@ -24,8 +24,8 @@ LONGEST_WAIT_S = 2.0
 """Between two tries of a question whose stream broke; the link's last stream ends them all."""
 
 MEET_WAIT_S, LONELY_WAIT_S = 2.0, 30.0
-"""Before the target is asked for its NICs again: when ours or its own have changed, as those of the other side
-may be changing at the same moment; and when it had none at all."""
+"""Before the target is asked for its NICs again: when some have changed, as those of the other side may be
+changing at the same moment; and when it had none at all."""
 
 _NOTHING = np.zeros(0, np.uint64)
 _PROBE = CopyPlan(_NOTHING, _NOTHING, _NOTHING)
