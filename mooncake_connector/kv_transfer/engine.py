@@ -25,8 +25,7 @@ from mooncake_connector.kv_transfer.peer import Address, Peer
 from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.pull import Pulls
 from mooncake_connector.kv_transfer.transfer import Transfer
-from mooncake_connector.kv_transfer.transport import Endpoint, Receiver, allow_reader
-from mooncake_connector.kv_transfer.transport.connect import open_link
+from mooncake_connector.kv_transfer.transport import Endpoint, Receiver, allow_reader, open_link
 
 __all__ = ["Peer", "Priority", "Transfer", "TransferEngine"]
 
