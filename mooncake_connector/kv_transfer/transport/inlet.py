@@ -1,5 +1,6 @@
 """One connection of a link, seen from the target: it lands writes where a grant allows, and answers."""
 
+import os
 import socket
 import threading
 import time
@@ -91,6 +92,7 @@ class Inlet:
             for _ in range(_LOOKS):
                 if self._visit():
                     end = time.perf_counter() + SPIN_S
+            os.sched_yield()  # the initiator may be on this CPU
 
     def _visit(self) -> bool:
         """Land what the initiator has left in its mailbox: whether there was something."""

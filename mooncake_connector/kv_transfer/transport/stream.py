@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import select
 import socket
 import threading
@@ -61,8 +62,7 @@ class StreamRail:
     penalty = 1.0
 
     def __init__(self, stream: "Stream", path: str) -> None:
-        self.name = f"{path}-{stream.index}"
-        self.path = path
+        self.name, self.path = f"{path}-{stream.index}", path
         self.down: str | None = "not connected yet"
         self.fenced = threading.Event()
         self.fenced.set()
@@ -112,13 +112,11 @@ class Stream:
             challenge_address=self._proof.ctypes.data,
             mailbox_address=self.sync.mailbox_address,
         )
-        self._todo: deque[Frame | Question] = deque()
-        self._sent: deque[Frame | Question] = deque()
+        self._todo, self._sent = deque[Frame | Question](), deque[Frame | Question]()
         self._changed = threading.Condition(threading.RLock())
         self._busy = True
         self._down: str | None = None
-        self._numbers = itertools.count(1)
-        self._said = bytearray()
+        self._numbers, self._said = itertools.count(1), bytearray()
         self._reading = threading.Lock()
         self._watched: tuple[select.epoll, int] | None = None
         self._thread = threading.Thread(target=self._run, name=f"mooncake-send-{name}", daemon=True)
@@ -185,12 +183,14 @@ class Stream:
 
     def _look(self, fd: int, result: Result, deadline: float) -> None:
         """Look for replies, and soon wait for them, until a certain one has come."""
-        spun = time.perf_counter() + LOOK_S
+        asleep = time.perf_counter() + LOOK_S
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         while not result.done and (now := time.perf_counter()) < deadline:
-            if now > spun:
+            if now > asleep:
                 poll.poll(max(1, 1000 * (deadline - now)))
+            else:
+                os.sched_yield()  # a target that was woken on this CPU could not run else
             with contextlib.suppress(BlockingIOError):
                 self._receive()
 

@@ -1,5 +1,6 @@
 """Small writes whose caller waits for them: the shortest way there and back."""
 
+import os
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -60,7 +61,7 @@ class SyncWriter:
             box.post(self._stream.piece(rail, key, plan, Result()).head())
             end = time.perf_counter() + SPIN_S
             while (status := box.answer()) is None and time.perf_counter() < end:
-                pass
+                os.sched_yield()  # the target may be on this CPU
             self._heard(status is not None)
             if status is None:
                 looked = Result()
