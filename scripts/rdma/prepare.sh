@@ -15,8 +15,8 @@ export LC_ALL=C # apt's words are read below
 CACHE="${XDG_CACHE_HOME:-$(echo ~/.cache)}/mooncake_connector/rdma-guest"
 [ "${1:-}" != --cache ] || { echo "$CACHE"; exit; }
 
-# In the guest: the file system, and what a root over it needs; soft RoCE and its checksum; a cable and a switch.
-MODULES=(virtio_pci 9pnet_virtio 9p overlay virtio_console rdma_rxe rdma_ucm crc32_generic veth bridge)
+# In the guest: the file system, and what a root over it needs; soft RoCE and its checksum; cables, a switch, netem.
+MODULES=(virtio_pci 9pnet_virtio 9p overlay virtio_console rdma_rxe rdma_ucm crc32_generic veth bridge sch_netem)
 LACKING="the soft-RoCE guest lacks"
 
 missing() { # prints: what prepare cannot do
