@@ -2,7 +2,6 @@
 
 import base64
 from collections.abc import Sequence
-from typing import Self
 
 import msgspec
 import numpy as np
@@ -35,15 +34,18 @@ class Address(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         return _SCHEME + base64.urlsafe_b64encode(msgspec.msgpack.encode(self)).decode()
 
-    @classmethod
-    def parse(cls, text: str) -> Self:
+    @staticmethod
+    def parse(text: str) -> "Address":
         """Raises ConfigError if `text` is no address."""
         try:
             if not text.startswith(_SCHEME):
                 raise ValueError(f"it does not begin with {_SCHEME}")
-            return msgspec.msgpack.decode(base64.urlsafe_b64decode(text[len(_SCHEME) :]), type=cls)
+            return _address.decode(base64.urlsafe_b64decode(text[len(_SCHEME) :]))
         except (ValueError, msgspec.MsgspecError) as bad:
             raise ConfigError(f"{text[:40]!r} is no address of a transfer engine: {bad}") from bad
+
+
+_address = msgspec.msgpack.Decoder(Address)
 
 
 class Peer:

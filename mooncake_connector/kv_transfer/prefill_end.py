@@ -240,7 +240,6 @@ class PrefillEnd:
 
     def _reserve(self, peer: PeerId, message: Reserve, now: float) -> None:
         id = (message.transfer_id, message.prompt_hash)
-
         if message.key in self._by_key:
             return  # a doubled message
         transfer = self._transfers.get(id)

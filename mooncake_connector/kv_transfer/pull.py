@@ -8,21 +8,20 @@ import itertools
 import logging
 import secrets
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 
 from mooncake_connector.errors import TransportError
+from mooncake_connector.kv_transfer.inbound import Inbound
 from mooncake_connector.kv_transfer.memory import Ranges
 from mooncake_connector.kv_transfer.outbound import Outbound
+from mooncake_connector.kv_transfer.peer import Peer
 from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.transfer import Transfer
 from mooncake_connector.kv_transfer.transport.base import Endpoint, Failure, Mark
-
-if TYPE_CHECKING:
-    from mooncake_connector.kv_transfer.engine import TransferEngine
-    from mooncake_connector.kv_transfer.peer import Peer
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +46,37 @@ class _Pulled(msgspec.Struct, frozen=True):
     marks: tuple[Mark, ...]
 
 
+_pull = msgspec.msgpack.Decoder(_Pull)
+_pulled = msgspec.msgpack.Decoder(_Pulled)
+
+
 class _Reading(NamedTuple):
     transfer: Transfer
     reader: str
     nbytes: int
 
 
+class Host(Protocol):
+    """What reads need of the engine that they are part of."""
+
+    inbound: Inbound
+
+    @property
+    def paths(self) -> tuple[str, ...]: ...
+
+    def serve(self, topic: str, handler: Callable[[str, bytes], bytes]) -> None: ...
+
+    def readable(self, peer: str, plan: CopyPlan) -> bool: ...
+
+    def open(
+        self, name: str, endpoint: Endpoint, paths: Sequence[str], *, on_down: Callable[[str], None]
+    ) -> Outbound: ...
+
+
 class Pulls:
     """Both ends of all reads of one engine. Thread-safe."""
 
-    def __init__(self, engine: "TransferEngine") -> None:
+    def __init__(self, engine: Host) -> None:
         self._engine = engine
         self._lock = threading.Lock()
         self._readings: dict[int, _Reading] = {}
@@ -70,7 +90,7 @@ class Pulls:
 
     # ------------------------------------------------------------------ the reader
 
-    def read(self, peer: "Peer", plan: CopyPlan, deadline: float | None) -> Transfer:
+    def read(self, peer: Peer, plan: CopyPlan, deadline: float | None) -> Transfer:
         """Have `plan` pushed by its owner: `src` there, `dst` here."""
         engine, inbound = self._engine, self._engine.inbound
         transfer = Transfer(plan.nbytes, self._progress, self._cancel)
@@ -118,7 +138,7 @@ class Pulls:
             self._ended(key, reason)
 
     def _pulled(self, reader: str, body: bytes) -> bytes:
-        done = msgspec.msgpack.decode(body, type=_Pulled)
+        done = _pulled.decode(body)
         with self._lock:
             reading = self._readings.get(done.key)
         if reading is None or reading.reader != reader:
@@ -157,7 +177,7 @@ class Pulls:
 
     def _push(self, peer: str, body: bytes) -> bytes:
         """A reader asks: push, and tell it when all has landed."""
-        pull = msgspec.msgpack.decode(body, type=_Pull)
+        pull = _pull.decode(body)
         src, dst, length = (np.frombuffer(raw, np.uint64) for raw in (pull.src, pull.dst, pull.length))
         plan = CopyPlan.of(src, dst, length)
         if not self._engine.readable(peer, plan):

@@ -20,7 +20,7 @@ Integers are little endian.
 
 import socket
 import struct
-from typing import Annotated, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -154,6 +154,9 @@ class Frame(NamedTuple):
 
 Message = TypeVar("Message", Hello, Welcome, Ready)
 
+# Made once, at import: two threads that make msgspec look at a type for the first time can crash it.
+_DECODERS: dict[type, Any] = {kind: msgspec.msgpack.Decoder(kind) for kind in (Hello, Welcome, Ready)}
+
 
 def tune(sock: socket.socket) -> None:
     """Small frames leave at once, and a peer that says or takes nothing for `SILENCE_S` is given up."""
@@ -192,11 +195,12 @@ def get(sock: socket.socket, kind: type[Message]) -> Message:
             "the peer doesn't speak this protocol: check that the port is mooncake_connector's"
         )
     try:
-        return msgspec.msgpack.decode(exactly(sock, size), type=kind)
+        message: Message = _DECODERS[kind].decode(exactly(sock, size))
     except msgspec.MsgspecError as bad:
         raise TransportError(
             f"the peer's {kind.__name__} is malformed: {bad}; use one version on both"
         ) from bad
+    return message
 
 
 def greet(sock: socket.socket, hello: Hello, proof: NDArray[np.uint8]) -> Welcome:
