@@ -43,9 +43,8 @@ class RailPolicy(msgspec.Struct, frozen=True):
     """How rails are filled, judged and forgiven.
 
     Attributes:
-        window_s: bytes in flight on a rail are what it carries in this time [s] and in two round trips (in
-            one it could never show that it carries more), but at least two slices; no more than that while
-            nobody has measured its speed.
+        window_s: bytes in flight on a rail are what it carries in this time [s], but at least two slices; no
+            more than that while nobody has measured its speed.
         max_slices: in flight on one rail.
         memory_s: time constant of the bandwidth average, in seconds of busy time.
         stall_s: a rail that has slices in flight and completes nothing for so long [s] ...
@@ -89,9 +88,9 @@ class RailState:
     """
 
     __slots__ = (
-        "_abandoned", "_alone", "_busy_until", "_count", "_landed", "_latency", "_measured", "_policy",
-        "_progress", "_since", "_slicing", "_up_since", "_wake", "background", "bandwidth", "failures",
-        "health", "in_flight", "reason", "slice_bytes", "slices", "spec", "weight",
+        "_abandoned", "_busy_until", "_count", "_landed", "_measured", "_policy", "_progress", "_since",
+        "_slicing", "_up_since", "_wake", "background", "bandwidth", "failures", "health", "in_flight",
+        "reason", "slice_bytes", "slices", "spec", "weight",
     )  # fmt: skip
 
     def __init__(self, spec: RailSpec, policy: RailPolicy, slicing: SlicePolicy) -> None:
@@ -108,15 +107,13 @@ class RailState:
         self._busy_until = self._since = self._progress = self._up_since = self._wake = 0.0
         self._landed = self._count = 0
         self._abandoned = False
-        self._alone: float | None = None
-        self._latency = 0.0
         self.slice_bytes = slicing.slice_bytes(self.bandwidth, False)
 
     # load and speed
 
     def posted(self, nbytes: int, background: bool, now: float) -> None:
         if not self.slices:
-            self._since = self._progress = self._alone = now
+            self._since = self._progress = now
             self._landed = self._count = 0
         self.in_flight += nbytes
         self.slices += 1
@@ -131,8 +128,6 @@ class RailState:
         if not landed:
             return
         self._progress = now
-        if self._alone is not None:  # only what is posted to an idle rail shows the round trip
-            self._latency, self._alone = now - self._alone, None
         self._landed += nbytes
         self._count += 1
         busy = now - self._since
@@ -164,12 +159,8 @@ class RailState:
         if self.weight > 1:
             return now >= self.rested() and self.slices < policy.max_slices
         # What the hardware claims is no reason to hand a rail more than it may carry in seconds.
-        window = self.bandwidth * self._window if self._measured else self.slice_bytes
+        window = self.bandwidth * policy.window_s if self._measured else self.slice_bytes
         return self.slices < 2 or (self.in_flight < window and self.slices < policy.max_slices)
-
-    @property
-    def _window(self) -> float:
-        return self._policy.window_s + 2 * self._latency
 
     # health
 
@@ -241,7 +232,7 @@ class RailState:
 
     def rested(self) -> float:
         """When a rail with a penalty has room again."""
-        return self._busy_until - self._window if self.weight > 1 else inf
+        return self._busy_until - self._policy.window_s if self.weight > 1 else inf
 
 
 def _claimed(spec: RailSpec) -> float:

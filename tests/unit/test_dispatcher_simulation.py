@@ -374,15 +374,3 @@ def test_memory_of_past_transfers_is_bounded() -> None:
         sim.run(until=sim.now + 1e-4)
     assert len(sim.ended) == 1000
     assert len(sim.dispatcher._deadlines) < 100
-
-
-@pytest.mark.parametrize("latency", [1e-3, 10e-3, 40e-3])
-def test_a_distant_target_is_kept_busy(latency: float) -> None:
-    """What is in flight grows until it covers the round trip."""
-    sim = Simulation(latency=latency)
-    sim.rail("a", 0.5 * GB)
-    sim.rail("b", 0.5 * GB)
-    transfer = sim.submit(GIB)
-    sim.run()
-    assert sim.ok(transfer)
-    assert sim.took[transfer] < GIB / GB + 12 * latency
