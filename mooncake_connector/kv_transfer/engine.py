@@ -73,7 +73,6 @@ class TransferEngine:
         self._offered: dict[str, Ranges] = {}
         self._outbounds: set[Outbound] = set()
         self._names = iter(range(1 << 62))
-        self._lock = threading.Lock()
         self._ticking = threading.Condition()
         self._wake_at: float | None = None
         self._closed = False
@@ -85,7 +84,7 @@ class TransferEngine:
             self._receiver,
             self._fabric.target if self._fabric is not None else None,
             wake=self._wake,
-            on_link_broken=on_link_down,
+            on_link_broken=self._link_down,
         )
         self._pulls = Pulls(self)
         threading.Thread(target=self._tick, name="mooncake-transfer-clock", daemon=True).start()
@@ -180,11 +179,9 @@ class TransferEngine:
     ) -> Outbound:
         """`connect` for callers that have a handshake and grants of their own."""
 
-        def down(reason: str) -> None:
-            self._outbounds.discard(outbound)
-            on_down(reason)
-
-        outbound = Outbound(name, paths, wake=self._wake, on_up=on_up, on_down=down)
+        outbound = Outbound(
+            name, paths, wake=self._wake, on_up=on_up, on_down=on_down, on_end=self._outbounds.discard
+        )
         self._outbounds.add(outbound)
         outbound.attach(
             open_link(

@@ -46,6 +46,7 @@ class Outbound:
         wake: called with the time when `next_tick` changes.
         on_up: called once, when the first rail can be used.
         on_down: called once with the reason when no rail is left for good; every transfer has ended then.
+        on_end: called with this object when it has ended, whoever ended it.
     """
 
     def __init__(
@@ -56,10 +57,11 @@ class Outbound:
         wake: Callable[[float], None],
         on_up: Callable[[], None],
         on_down: Callable[[str], None],
+        on_end: Callable[["Outbound"], None],
     ) -> None:
         self.name = name
         self._ranks = {path: rank for rank, path in enumerate(paths)}
-        self._wake, self._on_up, self._on_down = wake, on_up, on_down
+        self._wake, self._on_up, self._on_down, self._on_end = wake, on_up, on_down, on_end
         self._link: Link | None = None
         self._events: deque[Callable[[float], None]] = deque()
         self._turn = threading.Lock()
@@ -372,6 +374,7 @@ class Outbound:
         self._perform(self._dispatcher.link_down(reason, now))
         for transfer in waiting:
             transfer.end(reason)
+        self._on_end(self)
         if tell:
             logger.info("%s: the link is down: %s", self.name, reason)
             self._on_down(reason)

@@ -208,6 +208,13 @@ def test_a_target_that_does_not_answer_meets_the_deadline() -> None:
         target.close()
 
 
+def test_a_closed_link_is_forgotten(two: Two) -> None:
+    two.initiator.write(two.peer, two.source).wait(10)
+    assert two.initiator.outbounds == (two.peer.outbound,)
+    two.peer.close()
+    assert two.initiator.outbounds == ()
+
+
 def test_bad_input_names_itself() -> None:
     engine = TransferEngine(TransferConfig(path="tcp"))
     with pytest.raises(ConfigError, match="no address"):

@@ -4,8 +4,6 @@ Asserted throughout: no write after free, no wrong KV reported as loaded, nothin
 Asserted in the end, once the adversary rests: every request has ended and nothing is held.
 """
 
-import os
-
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -262,7 +260,6 @@ class Protocol(RuleBasedStateMachine):
         assert world.prefill.end.num_transfers == 0
 
 
-EXAMPLES = int(os.environ.get("PROTOCOL_EXAMPLES", "1000"))
 SETTINGS = settings(
     max_examples=400,
     stateful_step_count=60,
