@@ -25,7 +25,7 @@ class BatchPolicy(msgspec.Struct, frozen=True):
     """When gathered writes leave.
 
     Attributes:
-        small_bytes: larger writes are not gathered.
+        small_bytes: larger writes are not gathered, nor are tiled ones.
         max_bytes: of gathered writes.
         max_count: gathered writes.
         max_delay_s: of the oldest gathered write [s].
@@ -98,7 +98,7 @@ class Aggregator:
         policy = self.load.policy
         self.load.added(now)
         nbytes = whole_bytes(plan)
-        if urgent or nbytes > policy.small_bytes:
+        if urgent or nbytes > policy.small_bytes or plan.tile is not None:
             leaves = self._leave(now) if self._touches(plan) else []
             self.load.flushed(now)
             return [*leaves, Flush((item,), plan)]
@@ -140,21 +140,24 @@ class Aggregator:
         if not self._items:
             return False
         low, high = _bounds(plan)
-        return low < self._high and self._low < high and _overlap(_joined([*self._plans, plan]))
+        return low < self._high and self._low < high and _overlap(_joined([*self._plans, plan.flat()]))
 
 
 def _bounds(plan: CopyPlan) -> tuple[int, int]:
-    if plan.dst.size == 1:
-        low = int(plan.dst[0])
-        return low, low + int(plan.length[0])
-    return int(plan.dst.min(initial=1 << 63)), int((plan.dst + plan.length).max(initial=0))
+    at, length = plan.writes()
+    if at.size == 1:
+        low = int(at[0])
+        return low, low + int(length[0])
+    return int(at.min(initial=1 << 63)), int((at + length).max(initial=0))
 
 
 def _joined(plans: Sequence[CopyPlan]) -> CopyPlan:
+    """One plan for all, without tiles."""
     return CopyPlan.of(
         np.concatenate([p.src for p in plans]),
         np.concatenate([p.dst for p in plans]),
         np.concatenate([p.length for p in plans]),
+        [event for p in plans for event in p.after],
     )
 
 

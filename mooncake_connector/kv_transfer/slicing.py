@@ -59,12 +59,20 @@ class Piece:
     def take(self, nbytes: int, max_ranges: int) -> tuple[CopyPlan, int]:
         """The next at most `nbytes` bytes in at most `max_ranges` ranges, and how many bytes they are.
 
-        The plan may share memory with the one it was cut from.
+        Tiles are not cut: of these at least one is taken, however large. The plan may share memory with the
+        one it was cut from.
         """
         plan, left = self._plan, self.left
         if not self._taken and nbytes >= left and plan.length.size <= max_ranges:
             self.left = 0
             return plan, left
+        if plan.tile is not None:
+            part = plan.part(self._index, self._index + max(1, min(nbytes // plan.tile.nbytes, max_ranges)))
+            size = part.length.size * plan.tile.nbytes
+            self._index += part.length.size
+            self._taken += size
+            self.left -= size
+            return part, size
         if self._ends is None:
             self._ends = np.cumsum(plan.length, dtype=np.uint64)
         ends, low, begin = self._ends, self._index, self._taken
@@ -85,7 +93,7 @@ class Piece:
         self._index = high - 1 if tail else high
         self._taken = end
         self.left -= end - begin
-        return CopyPlan(src, dst, length), end - begin
+        return CopyPlan(src, dst, length, after=plan.after), end - begin
 
 
 def whole_bytes(plan: CopyPlan) -> int:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooncake_connector.kv_transfer.batching import Aggregator, BatchPolicy, Flush, Load
-from mooncake_connector.kv_transfer.plan import CopyPlan
+from mooncake_connector.kv_transfer.plan import CopyPlan, Tile
 from tests.unit.dispatcher_world import pairs_of
 
 KIB, US = 1 << 10, 1e-6
@@ -78,6 +78,35 @@ def test_neighbours_become_one_range() -> None:
         aggregator.add(i, CopyPlan(at, at, np.array([KIB], np.uint64)), False, i * US)
     (flush,) = aggregator.idle(10 * US)
     assert flush.plan.length.tolist() == [8 * KIB]
+
+
+def test_tiles_travel_alone_and_after_the_bytes_they_overwrite() -> None:
+    aggregator = busy()
+    aggregator.add(1, write(KIB), False, US)
+    at = np.array([0], np.uint64)
+    tile = Tile.of(8, [(2, KIB, KIB), (2, 64, 32)])
+    apart, across = CopyPlan.tiled(at, at + np.uint64(1 << 20), tile), CopyPlan.tiled(at, at, tile)
+    (alone,) = aggregator.add(2, apart, False, 2 * US)
+    assert (alone.items, alone.plan) == ((2,), apart)
+    assert items(aggregator.add(3, across, False, 3 * US)) == [(1,), (3,)]
+
+
+def test_gathered_plans_wait_for_all_their_events() -> None:
+    class Done:
+        handle = 1
+
+        def query(self) -> bool:
+            return True
+
+        def synchronize(self) -> None: ...
+
+    events = [Done(), Done()]
+    aggregator = busy()
+    for i, event in ((1, events[0]), (2, events[1]), (3, events[0])):
+        plan = write(i * 2 * KIB)
+        aggregator.add(i, CopyPlan(plan.src, plan.dst, plan.length, after=(event,)), False, i * US)
+    (flush,) = aggregator.idle(10 * US)
+    assert flush.plan.after == tuple(events)
 
 
 def test_count_and_size_and_time() -> None:

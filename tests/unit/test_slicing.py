@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooncake_connector.kv_transfer.plan import CopyPlan
+from mooncake_connector.kv_transfer.plan import CopyPlan, Tile
 from mooncake_connector.kv_transfer.slicing import Piece, SlicePolicy, even, whole_bytes
 from tests.unit.dispatcher_world import pairs_of
 
@@ -53,6 +53,22 @@ def test_slices_can_be_cut_again(table: list[tuple[int, int, int]], first: int, 
         while inner.left:
             found += pairs_of(inner.take(second, 2)[0])
     assert found == pairs_of(plan)
+
+
+@given(st.integers(1, 9), st.lists(st.integers(1, 200), min_size=1, max_size=4), st.integers(1, 3))
+def test_tiles_are_taken_whole(entries: int, sizes: list[int], max_ranges: int) -> None:
+    at = np.arange(entries, dtype=np.uint64) * 100
+    plan = CopyPlan.tiled(at, at, Tile.of(8, [(2, 16, 32), (3, 48, 10)]))
+    assert plan.tile is not None
+    piece, found = Piece(plan, plan.nbytes), []
+    while piece.left:
+        size, left = sizes[len(found) % len(sizes)], piece.left
+        part, nbytes = piece.take(size, max_ranges)
+        assert part.tile == plan.tile
+        assert nbytes == part.nbytes == left - piece.left
+        assert part.length.size == 1 or (nbytes <= size and part.length.size <= max_ranges)
+        found.append(part)
+    assert [pair for part in found for pair in pairs_of(part.flat())] == pairs_of(plan.flat())
 
 
 @given(st.integers(1, 1 << 24), st.integers(1, 1 << 26))
