@@ -68,11 +68,14 @@ class WantBlocks(msgspec.Struct, frozen=True):
 
 
 class Reserve(Message, frozen=True):
+    """Decode's blocks are ready; `first_token`: DONE is to bring the token that prefill samples."""
+
     key: int
     transfer_id: str
     prompt_hash: bytes
     num_tokens: int
     want: tuple[WantBlocks, ...]
+    first_token: bool = False
 
 
 class Cancel(Message, frozen=True):
@@ -94,6 +97,9 @@ class Done(Message, frozen=True):
         early_bytes: of these, landed before the prefill's last chunk ended.
         push_s: from the first write to the last byte landed.
         marks: what decode's hardware must have seen land before the KV is used.
+        first_write, landed: when the first write began and the last byte landed, monotonic seconds of
+            prefill's host.
+        first_token: what prefill sampled, if the reservation asked for it; else -1.
     """
 
     key: int
@@ -101,6 +107,9 @@ class Done(Message, frozen=True):
     early_bytes: int
     push_s: float
     marks: tuple[Mark, ...] = ()
+    first_write: float = 0.0
+    landed: float = 0.0
+    first_token: int = -1
 
 
 class Failed(Message, frozen=True):
@@ -150,7 +159,10 @@ class LocalExpect(Message, frozen=True):
 
 
 class LocalReserve(Message, frozen=True):
-    """A request's blocks are allocated: have them filled by the prefill engine at `address`."""
+    """A request's blocks are allocated: have them filled by the prefill engine at `address`.
+
+    `first_token`: and have it tell the token that it samples; with no blocks wanted, nothing else.
+    """
 
     token: bytes
     request_id: str
@@ -160,6 +172,15 @@ class LocalReserve(Message, frozen=True):
     prompt_hash: bytes
     num_tokens: int
     want: tuple[WantBlocks, ...]
+    first_token: bool = False
+
+
+class LocalFirstToken(Message, frozen=True):
+    """What was sampled after a prompt that was prefilled for others."""
+
+    token: bytes
+    request_id: str
+    first_token: int
 
 
 class LocalDrop(Message, frozen=True):
@@ -199,6 +220,7 @@ AnyMessage = (
     | LocalDirectory
     | LocalExpect
     | LocalReserve
+    | LocalFirstToken
     | LocalDrop
     | LocalAbort
     | LocalRelease

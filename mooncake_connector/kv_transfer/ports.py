@@ -47,6 +47,10 @@ class LoadReport(msgspec.Struct, frozen=True):
         wait_s: from the reservation to the end.
         early_bytes: of `nbytes`, landed before the prefill's last chunk ended.
         failed_blocks: ids of the reserved blocks of the first group, if the load failed.
+        first_token: what prefill sampled, if it was asked for; else -1.
+        token_only: nothing but that was asked for; vLLM knows of no load.
+        reserve_sent, first_write, landed, done, taken: moments, monotonic seconds (`first_write` and
+            `landed` of prefill's host); 0 if it never came to that.
     """
 
     request_id: str
@@ -58,6 +62,13 @@ class LoadReport(msgspec.Struct, frozen=True):
     wait_s: float
     push_s: float
     failed_blocks: tuple[int, ...] = ()
+    first_token: int = -1
+    token_only: bool = False
+    reserve_sent: float = 0.0
+    first_write: float = 0.0
+    landed: float = 0.0
+    done: float = 0.0
+    taken: float = 0.0
 
 
 class DecodePorts(Protocol):
