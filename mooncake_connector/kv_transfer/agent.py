@@ -29,6 +29,7 @@ from mooncake_connector.kv_transfer.messages import (
     LocalDirectory,
     LocalDrop,
     LocalExpect,
+    LocalFirstToken,
     LocalRelease,
     LocalReserve,
     Message,
@@ -357,6 +358,8 @@ class WorkerAgent:
                 self.prefill.directory(message.addresses)
             case LocalExpect():
                 self.prefill.expect(message.request_id, message.transfer_id, message.prompt_hash, now)
+            case LocalFirstToken():
+                self.prefill.first_token(message.request_id, message.first_token, now)
             case LocalDrop():
                 self.prefill.drop(message.transfer_id, now)
             case LocalReserve():

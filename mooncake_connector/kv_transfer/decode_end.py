@@ -70,6 +70,7 @@ class _Load:
         self.peer: _Peer | None = None
         self.began, self.deadline = now, deadline
         self.done: Done | None = None
+        self.reserve_sent = self.done_at = 0.0
 
 
 class DecodeEnd:
@@ -137,7 +138,7 @@ class DecodeEnd:
                 self.peer_lost(peer.id, message.reason, now)
             case Done():
                 if (load := self._load(peer, message.key)) is not None:
-                    load.done = message
+                    load.done, load.done_at = message, now
                     self._stopped(load, ReceiveEvent.DONE, "", message.marks, now)
             case Failed():
                 if (load := self._load(peer, message.key)) is not None:
@@ -279,10 +280,17 @@ class DecodeEnd:
                 case ReceiveAction.GRANT:
                     self._ports.grant(load.key, peer.name, self._info.layout.ranges(load.blocks))
                 case ReceiveAction.SEND_RESERVE:
-                    want = load.want
+                    want, load.reserve_sent = load.want, now
                     self._ports.send(
                         peer.id,
-                        Reserve(load.key, want.transfer_id, want.prompt_hash, want.num_tokens, want.want),
+                        Reserve(
+                            load.key,
+                            want.transfer_id,
+                            want.prompt_hash,
+                            want.num_tokens,
+                            want.want,
+                            want.first_token,
+                        ),
                     )
                 case ReceiveAction.SEND_RELEASE:
                     peer.releases.append(Release(load.want.transfer_id, load.want.prompt_hash))
@@ -315,5 +323,11 @@ class DecodeEnd:
                 now - load.began,
                 done.push_s if done else 0.0,
                 () if session.outcome is Outcome.LOADED else tuple(load.blocks[0].tolist()),
+                first_token=done.first_token if done else -1,
+                token_only=not any(ids.size for ids in load.blocks),
+                reserve_sent=load.reserve_sent,
+                first_write=done.first_write if done else 0.0,
+                landed=done.landed if done else 0.0,
+                done=load.done_at,
             )
         )

@@ -13,7 +13,6 @@ from mooncake_connector.kv_transfer.layout import WorkerInfo, check_compatible, 
 from mooncake_connector.kv_transfer.messages import (
     Cancel,
     CancelAck,
-    Done,
     Failed,
     Heartbeat,
     HeartbeatAck,
@@ -136,6 +135,13 @@ class PrefillEnd:
         for id in [id for id in self._transfers if id[0] == transfer_id]:
             self._release(Release(*id), now)
 
+    def first_token(self, request_id: str, token: int, now: float) -> None:
+        """The scheduler has the token that follows the request's prompt."""
+        if (transfer := self._by_request.get(request_id)) is not None:
+            transfer.first_token = token
+            self._push(transfer, now)
+            self._settle(transfer)
+
     def pump(self, now: float) -> None:
         """Submit every write that has become possible."""
         for transfer in list(self._by_key.values()):
@@ -187,6 +193,7 @@ class PrefillEnd:
             self._handle(transfer, SendEvent.WRITE_FAILED, now, reason)
         else:
             transfer.nbytes += nbytes
+            transfer.landed = now
             if not transfer.progress.prefilled(self._clock):
                 transfer.early_bytes += nbytes
         self._push(transfer, now)
@@ -256,6 +263,7 @@ class PrefillEnd:
             transfer = self._add(id, SendState.UNMATCHED, now)
             transfer.deadline = now + self._config.match_timeout_s
         transfer.peer, transfer.reservation = peer, message.key
+        transfer.wants_token = message.first_token
         self._by_key[message.key] = transfer
         transfer.progress.reserve(message.num_tokens, want)
         if transfer.held:
@@ -338,10 +346,10 @@ class PrefillEnd:
                 ]
                 plan = copy_plan(self._info.layout, peer.info.layout, pairs)
                 if not transfer.op_bytes and not transfer.nbytes:
-                    transfer.first_write = now
+                    transfer.first_write = transfer.landed = now
                 transfer.op_bytes[write.op] = plan.nbytes
                 self._ports.write(transfer.peer, transfer.reservation, write.op, plan)
-            if transfer.progress.complete:
+            if transfer.complete:
                 self._handle(transfer, SendEvent.COMPLETE, now)
         if transfer.session.state is SendState.DRAINING and not transfer.progress.in_flight:
             self._handle(transfer, SendEvent.DRAINED, now)
@@ -360,8 +368,7 @@ class PrefillEnd:
             marks = self._ports.marks(transfer.peer) if transfer.peer is not None else ()
             match action:
                 case SendAction.SEND_DONE:
-                    push_s = now - transfer.first_write
-                    message: Message = Done(key, transfer.nbytes, transfer.early_bytes, push_s, marks)
+                    message: Message = transfer.done(marks)
                 case SendAction.SEND_FAILED:
                     message = Failed(key, session.reason, marks)
                 case SendAction.SEND_CANCEL_ACK:

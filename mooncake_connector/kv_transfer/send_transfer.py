@@ -1,7 +1,9 @@
 """What prefill knows of one transfer."""
 
+from mooncake_connector.kv_transfer.messages import Done
 from mooncake_connector.kv_transfer.push import PushProgress
 from mooncake_connector.kv_transfer.session import SendSession, SendState
+from mooncake_connector.kv_transfer.transport.base import Mark
 
 TransferKey = tuple[str, bytes]  # transfer id, prompt hash
 
@@ -15,6 +17,9 @@ class SendTransfer:
         held: ... and its blocks wait for us.
         freed: they need not.
         reservation: decode's key; 0 until it has reserved.
+        wants_token: DONE must bring the first token.
+        first_token: what the prompt's last position sampled; -1 until the scheduler has told.
+        first_write, landed: when the first write began and the last one landed.
         deadline: of the lease, the match or the drain, by the session's state.
     """
 
@@ -31,4 +36,24 @@ class SendTransfer:
         self.deadline = now
         self.op_bytes: dict[int, int] = {}
         self.nbytes = self.early_bytes = 0
-        self.first_write = now
+        self.wants_token = False
+        self.first_token = -1
+        self.first_write = self.landed = now
+
+    def done(self, marks: tuple[Mark, ...]) -> Done:
+        """What decode is told when everything is there."""
+        return Done(
+            self.reservation,
+            self.nbytes,
+            self.early_bytes,
+            self.landed - self.first_write,
+            marks,
+            self.first_write,
+            self.landed,
+            self.first_token if self.wants_token else -1,
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Whether DONE may be said."""
+        return self.progress.complete and not (self.wants_token and self.first_token < 0)
