@@ -19,6 +19,7 @@ import zmq
 
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.errors import MooncakeError
+from mooncake_connector.kv_transfer.clock import LayerClock
 from mooncake_connector.kv_transfer.decode_end import DecodeEnd
 from mooncake_connector.kv_transfer.engine import TransferEngine
 from mooncake_connector.kv_transfer.layout import WorkerInfo
@@ -57,23 +58,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TICK_S = 0.1
-
-
-class LayerClock:
-    """How far the forward passes are; written by the engine's thread, read by the I/O thread."""
-
-    def __init__(self, num_layers: int) -> None:
-        self._layers = [-1] * num_layers
-        self._ended = -1
-
-    def layer_written(self, layer: int, step: int) -> None:
-        self._layers[layer] = step
-
-    def step_ended(self, step: int) -> None:
-        self._ended = step
-
-    def layer_done(self, layer: int, step: int) -> bool:
-        return self._ended >= step or self._layers[layer] >= step
 
 
 class _Prefill:
@@ -192,7 +176,7 @@ class WorkerAgent:
 
     Args:
         info: this worker, as told to peers.
-        rank: pins the ports to ``side_channel_port + 2 * rank`` and the next, unless that is 0.
+        clock: of the engine's forward passes; by default for KV in host memory.
 
     Attributes:
         address: control address, for peers and for the engine's own scheduler.
@@ -205,10 +189,10 @@ class WorkerAgent:
         ConfigError: the side channel's address can't be bound.
     """
 
-    def __init__(self, info: WorkerInfo, config: ConnectorConfig) -> None:
+    def __init__(self, info: WorkerInfo, config: ConnectorConfig, clock: LayerClock | None = None) -> None:
         self.config, self.info = config, info
         self.token = secrets.token_bytes(16)
-        self.clock = LayerClock(info.layout.num_layers)
+        self.clock = clock or LayerClock(info.layout.num_layers)
         self.busy = False
         self.results_ready = threading.Event()
         self.sent: queue.SimpleQueue[str] = queue.SimpleQueue()

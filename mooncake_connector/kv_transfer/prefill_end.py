@@ -7,6 +7,8 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import msgspec
+
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.errors import IncompatibleError
 from mooncake_connector.kv_transfer.layout import WorkerInfo, check_compatible, copy_plan
@@ -345,6 +347,7 @@ class PrefillEnd:
                     if plane.layer in write.source
                 ]
                 plan = copy_plan(self._info.layout, peer.info.layout, pairs)
+                plan = msgspec.structs.replace(plan, after=self._clock.after(write.mark))
                 if not transfer.op_bytes and not transfer.nbytes:
                     transfer.first_write = transfer.landed = now
                 transfer.op_bytes[write.op] = plan.nbytes

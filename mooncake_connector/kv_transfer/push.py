@@ -14,13 +14,23 @@ import msgspec
 import numpy as np
 
 from mooncake_connector.kv_transfer.layout import BlockIds, Group, KVLayout
+from mooncake_connector.kv_transfer.plan import Event
 
 
 class Clock(Protocol):
-    """How far the engine's forward passes are."""
+    """How far the engine's forward passes are (see `clock`)."""
 
-    def layer_done(self, layer: int, step: int) -> bool:
-        """Whether `layer` has written its KV of step number `step`."""
+    def written(self, layer: int, step: int) -> int | None:
+        """The mark after which the KV that `layer` writes in `step` is in memory; None: not written yet."""
+
+    def began(self, step: int) -> int:
+        """The mark after which all KV of earlier steps is in memory."""
+
+    def passed(self) -> int:
+        """The newest mark that was passed."""
+
+    def after(self, mark: int) -> tuple[Event, ...]:
+        """What has yet to happen before `mark` is passed."""
 
 
 class Want(msgspec.Struct, frozen=True, eq=False):
@@ -80,9 +90,14 @@ class Span(msgspec.Struct, frozen=True):
 
 
 class Write(msgspec.Struct, frozen=True, eq=False):
-    """One submission: per layer the source blocks and the target blocks (int64, equal lengths)."""
+    """One submission: per layer the source blocks and the target blocks (int64, equal lengths).
+
+    Attributes:
+        mark: of the clock, after which the source is in memory.
+    """
 
     op: int
+    mark: int
     spans: tuple[Span, ...]
     source: dict[int, BlockIds]
     target: dict[int, BlockIds]
@@ -162,17 +177,35 @@ class PushProgress:
         """The next write, with everything that has become ready, or None."""
         if self._want is None or self._void:
             return None
-        spans = []
+        began = clock.began(self._step) if self._step >= 0 else 0
+        before = [self._complete_blocks(g, self._ready) for g in range(len(self._groups))]
+        within = [
+            self._complete_blocks(g, max(self._ready, self._step_ready)) for g in range(len(self._groups))
+        ]
+        ready: list[tuple[int, Span]] = []
         running = False
         for layer, group in enumerate(self._layer_groups):
-            done = self._step >= 0 and clock.layer_done(layer, self._step)
-            running |= self._step >= 0 and not done
-            tokens = max(self._ready, self._step_ready) if done else self._ready
-            end = self._complete_blocks(group, tokens)
-            if end > self._pushed[layer]:
-                spans.append(Span(layer, self._pushed[layer], end))
-        nbytes = sum((s.end - s.begin) * self._block_bytes[s.layer] for s in spans)
-        if not spans or (running and nbytes < self._least):
+            pushed, end, mark = self._pushed[layer], before[group], began
+            written = clock.written(layer, self._step) if self._step >= 0 else None
+            if written is None:
+                running |= self._step >= 0
+            elif within[group] > max(end, pushed):
+                end, mark = within[group], written
+            if end > pushed:
+                ready.append((mark, Span(layer, pushed, end)))
+        if not ready:
+            return None
+        # A GPU may be far behind what was issued: what it has computed must not wait for what it has not.
+        ready.sort(key=lambda entry: entry[0])
+        spans: list[Span] = []
+        nbytes, last = 0, clock.passed()
+        for mark, span in ready:
+            if mark > last and nbytes >= max(self._least, 1):
+                break
+            last = max(last, mark)
+            spans.append(span)
+            nbytes += (span.end - span.begin) * self._block_bytes[span.layer]
+        if running and nbytes < self._least:
             return None
         source, target = {}, {}
         tables = [np.asarray(t, np.int64) for t in self._table]
@@ -181,7 +214,7 @@ class PushProgress:
             source[span.layer] = tables[self._layer_groups[span.layer]][want.index[span.begin : span.end]]
             target[span.layer] = want.block[span.begin : span.end]
             self._pushed[span.layer] = span.end
-        write = Write(self._next_op, tuple(spans), source, target)
+        write = Write(self._next_op, last, tuple(spans), source, target)
         self._in_flight[write.op] = write.spans
         self._next_op += 1
         return write
@@ -199,10 +232,12 @@ class PushProgress:
 
     def prefilled(self, clock: Clock) -> bool:
         """Whether all the KV that decode wants is in memory."""
+        if self._step < 0:
+            return False
         if self._ready >= self._num_tokens:
-            return True
-        last = len(self._layer_groups) - 1
-        return self._step >= 0 and self._step_ready >= self._num_tokens and clock.layer_done(last, self._step)
+            return clock.began(self._step) <= clock.passed()
+        mark = clock.written(len(self._layer_groups) - 1, self._step)
+        return self._step_ready >= self._num_tokens and mark is not None and mark <= clock.passed()
 
     @property
     def complete(self) -> bool:

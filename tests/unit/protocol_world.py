@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mooncake_connector.config import ConnectorConfig
-from mooncake_connector.kv_transfer.agent import LayerClock
+from mooncake_connector.kv_transfer.clock import LayerClock
 from mooncake_connector.kv_transfer.decode_end import DecodeEnd
 from mooncake_connector.kv_transfer.layout import Group, KVLayout, Plane, WorkerInfo
 from mooncake_connector.kv_transfer.memory import Ranges

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooncake_connector.kv_transfer.agent import LayerClock
+from mooncake_connector.kv_transfer.clock import LayerClock
 from mooncake_connector.kv_transfer.layout import Group
 from mooncake_connector.kv_transfer.push import PushProgress, Want, Write
 
