@@ -26,6 +26,7 @@ from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.pull import Pulls
 from mooncake_connector.kv_transfer.transfer import Transfer
 from mooncake_connector.kv_transfer.transport import Endpoint, Receiver, allow_reader, open_link
+from mooncake_connector.kv_transfer.transport.staging import Staging
 
 __all__ = ["Peer", "Priority", "Transfer", "TransferEngine"]
 
@@ -76,8 +77,14 @@ class TransferEngine:
         self._ticking = threading.Condition()
         self._wake_at: float | None = None
         self._closed = False
+        self._staging = Staging()
         self._receiver = Receiver(
-            host, port, advertise=advertise, on_link_up=on_link_up, on_link_down=self._link_down
+            host,
+            port,
+            advertise=advertise,
+            on_link_up=on_link_up,
+            on_link_down=self._link_down,
+            staging=self._staging,
         )
         self._fabric = open_fabric(self.config, self._receiver.serve)
         self.inbound = Inbound(
@@ -104,13 +111,17 @@ class TransferEngine:
         region = region_of(memory)
         if self._fabric is not None and region not in self._regions:
             self._fabric.register(region)
+        if region not in self._regions:
+            self._staging.add(region)
         self._regions[region] = memory
         return region
 
     def deregister(self, region: Region) -> None:
         """Forget a region; grants and transfers on it must have ended."""
-        if self._regions.pop(region, None) is not None and self._fabric is not None:
-            self._fabric.deregister(region)
+        if self._regions.pop(region, None) is not None:
+            self._staging.remove(region)
+            if self._fabric is not None:
+                self._fabric.deregister(region)
 
     # ------------------------------------------------------------------ target
 
@@ -192,6 +203,7 @@ class TransferEngine:
                 checksum=self.config.checksum,
                 events=outbound,
                 one_sided=self._fabric.rails if self._fabric is not None and "rdma" in paths else None,
+                staging=self._staging,
             )
         )
         return outbound

@@ -12,7 +12,7 @@ import pytest
 from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.transport import PATHS, Failure, Receiver, wire
 from mooncake_connector.kv_transfer.transport.mailbox import Mailbox, Visitor
-from mooncake_connector.kv_transfer.transport.stream import StreamRail
+from mooncake_connector.kv_transfer.transport.stream_rail import StreamRail
 from mooncake_connector.kv_transfer.transport.sync_write import SMALL_BYTES, SyncWriter
 from tests.unit.transport_peer import (
     Done,

@@ -26,7 +26,7 @@ from mooncake_connector.kv_transfer.transport import (
     identity,
     wire,
 )
-from mooncake_connector.kv_transfer.transport.stream import StreamRail
+from mooncake_connector.kv_transfer.transport.stream_rail import StreamRail
 
 SLICE_BYTES = 1 << 20
 

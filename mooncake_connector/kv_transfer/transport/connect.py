@@ -5,6 +5,7 @@ from typing import Protocol
 
 from mooncake_connector.kv_transfer.transport.base import Endpoint, Failure, Link, LinkEvents, Mark, Rail
 from mooncake_connector.kv_transfer.transport.link import StreamLink
+from mooncake_connector.kv_transfer.transport.staging import Staging
 from mooncake_connector.kv_transfer.transport.stream import PATHS as STREAM_PATHS
 
 
@@ -43,11 +44,18 @@ class WholeLink:
         checksum: bool,
         events: LinkEvents,
         one_sided: Callable[[str, bytes, Ask, LinkEvents], OneSided],
+        staging: Staging | None = None,
     ) -> None:
         self._events = events
         self._rails = one_sided(name, endpoint.token, self.ask, events)
         self._streams = StreamLink(
-            endpoint, name=name, connections=connections, paths=paths, events=self, checksum=checksum
+            endpoint,
+            name=name,
+            connections=connections,
+            paths=paths,
+            events=self,
+            checksum=checksum,
+            staging=staging,
         )
         self._rails.open()
 
@@ -90,6 +98,7 @@ def open_link(
     checksum: bool,
     events: LinkEvents,
     one_sided: Callable[[str, bytes, Ask, LinkEvents], OneSided] | None = None,
+    staging: Staging | None = None,
 ) -> Link:
     """Open a link to a target: returns at once, connects in the background.
 
@@ -101,11 +110,18 @@ def open_link(
         checksum: have the target verify what comes by streams.
         events: told what becomes of the rails.
         one_sided: makes further rails, given the link's name, its token, `Link.ask` and `events`.
+        staging: knows the memory of GPUs; None: there is none.
     """
     streams = tuple(path for path in STREAM_PATHS if path in paths)
     if one_sided is None:
         return StreamLink(
-            endpoint, name=name, connections=connections, paths=streams, events=events, checksum=checksum
+            endpoint,
+            name=name,
+            connections=connections,
+            paths=streams,
+            events=events,
+            checksum=checksum,
+            staging=staging,
         )
     return WholeLink(
         endpoint,
@@ -115,4 +131,5 @@ def open_link(
         checksum=checksum,
         events=events,
         one_sided=one_sided,
+        staging=staging,
     )

@@ -19,6 +19,7 @@ from mooncake_connector.kv_transfer.transport import wire
 from mooncake_connector.kv_transfer.transport.base import Endpoint, Failure, LinkEvents, Mark, SourceIdentity
 from mooncake_connector.kv_transfer.transport.outgoing import OnAnswer, call
 from mooncake_connector.kv_transfer.transport.process_vm import identity
+from mooncake_connector.kv_transfer.transport.staging import Staging
 from mooncake_connector.kv_transfer.transport.stream import PATHS, Stream
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class StreamLink:
         paths: of `PATHS`, those wanted; without any the connections serve for questions only.
         source: whose memory process_vm reads; this process's if None.
         checksum: have the target compare a checksum of each frame with what has landed, before it says so.
+        staging: knows the memory of GPUs; None: there is none.
 
     Raises:
         TransportError: `connections` is out of range, or a path is not of a stream.
@@ -77,13 +79,14 @@ class StreamLink:
         source: SourceIdentity | None = None,
         events: LinkEvents,
         checksum: bool = False,
+        staging: Staging | None = None,
     ) -> None:
         if not 1 <= connections <= wire.MAX_CONNECTIONS:
             raise TransportError(f"connections={connections}: take 1 to {wire.MAX_CONNECTIONS}")
         if not set(paths) <= set(PATHS):
             raise TransportError(f"paths={paths}: a stream carries {', '.join(PATHS)}")
         self._endpoint, self._name, self._events = endpoint, name, events
-        self._paths, self._checksum = paths, checksum
+        self._paths, self._checksum, self._staging = paths, checksum, staging
         self._hello = wire.Hello(
             version=wire.VERSION,
             token=endpoint.token,
@@ -183,7 +186,7 @@ class StreamLink:
     def _made(self, index: int, incarnation: int) -> Stream:
         hello = msgspec.structs.replace(self._hello, index=index, incarnation=incarnation)
         name = f"{self._name}-{index}"
-        return Stream(self, hello, self._endpoint, self._paths, self._checksum, name)
+        return Stream(self, hello, self._endpoint, self._paths, self._checksum, name, self._staging)
 
     def _up(self, stream: Stream) -> None:
         slot = self._slots[stream.index]

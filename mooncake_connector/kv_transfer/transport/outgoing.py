@@ -4,14 +4,19 @@ import logging
 import threading
 from array import array
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mooncake_connector.kv_transfer.memory import U64Array
 from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.transport import wire
 from mooncake_connector.kv_transfer.transport.base import Failure
 from mooncake_connector.kv_transfer.transport.checksum import xxh3
 from mooncake_connector.kv_transfer.transport.syscalls import Cursor, Few, Scatter
+
+if TYPE_CHECKING:
+    from mooncake_connector.kv_transfer.transport.staging import Slot
 
 log = logging.getLogger(__name__)
 
@@ -58,31 +63,53 @@ class Write:
 
 
 class Frame:
-    """A frame of a write. It is put together when its turn comes, by the thread that sends it."""
+    """A frame of a write. It is put together when its turn comes, by the thread that sends it.
 
-    __slots__ = ("_checked", "_flags", "_head", "_key", "_plan", "data", "nbytes", "number", "write")
+    Attributes:
+        staged: its plan, if the source is to be gathered in a buffer before.
+        slot: that buffer, while it is in use.
+    """
+
+    __slots__ = (
+        "_checked", "_flags", "_head", "_key", "_plan", "data", "nbytes", "number", "slot", "staged", "write",
+    )  # fmt: skip
 
     def __init__(
-        self, write: Write, key: int, number: int, plan: CopyPlan, flags: int, checked: bool
+        self,
+        write: Write,
+        key: int,
+        number: int,
+        plan: CopyPlan,
+        flags: int,
+        checked: bool,
+        staged: bool = False,
     ) -> None:
         self.write, self.number = write, number
         self.nbytes = plan.nbytes if plan.length.size != 1 else int(plan.length[0])
         self._key, self._plan, self._flags, self._checked = key, plan, flags, checked
+        self.staged = plan if staged else None
+        self.slot: Slot | None = None
         self.data: Cursor | None = None
 
     def head(self) -> bytes:
         """All of it but the payload."""
         plan, flags, checksum = self._plan, self._flags, 0
         if self._checked:
-            flags, checksum = flags | wire.CHECKED, xxh3(plan.src, plan.length)
+            flags, checksum = flags | wire.CHECKED, xxh3(*self._source())
         kind = wire.REFERENCE if self.write.path == "process_vm" else wire.PAYLOAD
         return wire.frame_head(kind, self._key, self.number, plan, flags, checksum)
 
     def begin(self) -> Cursor:
-        """Its head and, on the tcp path, the source's memory behind it."""
+        """Its head and, on the tcp path, the source's memory behind it.
+
+        Raises:
+            TransportError: A GPU failed to give the source.
+        """
         if self.data is None:
+            if self.slot is not None:
+                self.slot.wait()
             self._head = array("B", self.head())
-            self.data = _behind(self._head, self._plan if self.write.path == "tcp" else None)
+            self.data = _behind(self._head, *(self._source() if self.write.path == "tcp" else ()))
         return self.data
 
     def answered(self, status: int, said: bytes) -> None:
@@ -97,6 +124,12 @@ class Frame:
     def lost(self, reason: str) -> None:
         self.write.end(Failure(reason, True))
 
+    def _source(self) -> tuple[U64Array, U64Array]:
+        """Address and length of what is to be sent: uint64 [n]."""
+        if self.slot is None:
+            return self._plan.src, self._plan.length
+        return np.array([self.slot.address], np.uint64), np.array([self.nbytes], np.uint64)
+
 
 class Question:
     """A question: sent like a frame, answered in its turn."""
@@ -106,7 +139,7 @@ class Question:
     def __init__(self, number: int, topic: str, body: bytes, on_answer: OnAnswer) -> None:
         self.number, self.nbytes = number, len(body)
         self._head = array("B", wire.question(number, topic, body))
-        self.data = _behind(self._head, None)
+        self.data = _behind(self._head)
         self._on_answer: OnAnswer | None = on_answer
 
     def begin(self) -> Cursor:
@@ -125,15 +158,15 @@ class Question:
             call(on_answer, answer)
 
 
-def _behind(head: "array[int]", plan: CopyPlan | None) -> Cursor:
+def _behind(head: "array[int]", src: U64Array | None = None, length: U64Array | None = None) -> Cursor:
     """A frame's head, and the source's memory behind it."""
     address, size = head.buffer_info()
-    if plan is None or not plan.length.size:
+    if src is None or length is None or not length.size:
         return Few(address, size)
-    if plan.length.size == 1:
-        return Few(address, size, int(plan.src[0]), int(plan.length[0]))
+    if length.size == 1:
+        return Few(address, size, int(src[0]), int(length[0]))
     first = np.array([[address], [size]], np.uint64)
-    return Scatter(np.append(first[0], plan.src), np.append(first[1], plan.length))
+    return Scatter(np.append(first[0], src), np.append(first[1], length))
 
 
 def call(listener: Callable[..., None], *args: object) -> None:

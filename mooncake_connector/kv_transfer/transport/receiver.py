@@ -17,6 +17,7 @@ from mooncake_connector.kv_transfer.transport.grants import Grant, GrantTable
 from mooncake_connector.kv_transfer.transport.inlet import Inlet
 from mooncake_connector.kv_transfer.transport.outgoing import call
 from mooncake_connector.kv_transfer.transport.process_vm import Source
+from mooncake_connector.kv_transfer.transport.staging import Staging
 
 RECEIVE_BUFFER_BYTES = 4 << 20
 
@@ -60,6 +61,7 @@ class Receiver:
         on_link_down: called with the peer and a reason, once per link, when the last of its connections
             ended: the peer died or hung up, or `admit` made way for a new link; nothing lands over it any
             more. Not called for what `drop` and `close` end.
+        staging: knows the memory of GPUs; None: there is none.
 
     Listeners run on transport threads; `on_link_down` also inside `admit`.
 
@@ -76,13 +78,14 @@ class Receiver:
         advertise: str | None = None,
         on_link_up: Callable[[str], None] = lambda peer: None,
         on_link_down: Callable[[str, str], None] = lambda peer, reason: None,
+        staging: Staging | None = None,
     ) -> None:
         if host in _WILDCARDS and not advertise:
             raise ConfigError(
                 f"transfer host {host!r} is no address that peers could connect to: set advertise to one"
             )
         self._on_link_up, self._on_link_down = on_link_up, on_link_down
-        self._grants = GrantTable()
+        self._grants, self._staging = GrantTable(), staging
         self._lock = threading.Lock()
         self._links: dict[str, _Inlink] = {}
         self._handlers: dict[str, Callable[[str, bytes], bytes]] = {}
@@ -200,6 +203,7 @@ class Receiver:
                     wire.put(sock, wire.Welcome(str(failed)))
                 return
             threading.current_thread().name = f"mooncake-receive-{link.peer}-{hello.index}"
+            stack.callback(inlet.release)
             try:
                 wire.put(sock, self._verify(sock, hello, inlet, stack))
                 sock.settimeout(None)
@@ -233,8 +237,9 @@ class Receiver:
             if link.gone or not same or not fits:
                 raise TransportError("the token is good for one link only: ask for a new endpoint")
             link.hello = first
+            answer = partial(self._answer, link)
             inlet = link.inlets[index] = Inlet(
-                sock, hello, link.peer, self._grants, partial(self._answer, link), self._mismatched
+                sock, hello, link.peer, self._grants, answer, self._mismatched, self._staging
             )
             self._strangers.discard(sock)
         if earlier is not None:

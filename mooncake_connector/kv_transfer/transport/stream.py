@@ -20,6 +20,8 @@ from mooncake_connector.kv_transfer.transport import wire
 from mooncake_connector.kv_transfer.transport.base import Endpoint, Failure
 from mooncake_connector.kv_transfer.transport.mailbox import LOOK_S
 from mooncake_connector.kv_transfer.transport.outgoing import Frame, OnAnswer, OnDone, Question, Result, Write
+from mooncake_connector.kv_transfer.transport.staging import LOAD_BYTES, LOADS, Loader, Staging
+from mooncake_connector.kv_transfer.transport.stream_rail import StreamRail
 from mooncake_connector.kv_transfer.transport.sync_write import SMALL_BYTES, SyncWriter
 from mooncake_connector.kv_transfer.transport.syscalls import MSG_DONTWAIT, Cursor, send
 
@@ -50,40 +52,6 @@ class StreamOwner(Protocol):
         """Somebody who waits for it asks that it be broken, on another thread."""
 
 
-class StreamRail:
-    """A `Rail` over one stream: the target reads the bytes from it, or from the initiator's memory.
-
-    Attributes:
-        down: why it can't be used.
-        fenced: nothing that was written before it went down lands any more, or it isn't down.
-    """
-
-    speed = 0.0
-    penalty = 1.0
-
-    def __init__(self, stream: "Stream", path: str) -> None:
-        self.name, self.path = f"{path}-{stream.index}", path
-        self.down: str | None = "not connected yet"
-        self.fenced = threading.Event()
-        self.fenced.set()
-        self._stream = stream
-
-    def write(self, key: int, plan: CopyPlan, on_done: OnDone) -> None:
-        """See `Rail.write`."""
-        self._stream.write(self, key, plan, on_done)
-
-    def write_sync(self, key: int, plan: CopyPlan, timeout: float = 3.0) -> Failure | None:
-        """`write`, and wait: None once every byte has landed; a small write takes few wake-ups, or none.
-
-        A failure is returned once nothing of the write can land any more, so that it may be tried elsewhere.
-        The link's events must not wait for the caller, as it may wait for them.
-
-        Args:
-            timeout: seconds without an answer after which the stream is given up.
-        """
-        return self._stream.sync.write(self, key, plan, timeout)
-
-
 class Stream:
     """One connection, from its making to its end.
 
@@ -99,12 +67,14 @@ class Stream:
         paths: tuple[str, ...],
         checksum: bool,
         name: str,
+        staging: Staging | None = None,
     ) -> None:
         self.index, self.incarnation = hello.index, hello.incarnation
         self.rails = {path: StreamRail(self, path) for path in paths}
         self.sock: socket.socket | None = None
         self.owner, self.sync = owner, SyncWriter(self)
         self._endpoint, self._checksum = endpoint, checksum
+        self._staging = staging or Staging()
         # The target believes that this process is at the other end once it has read its challenge from here.
         self._proof = np.zeros(wire.CHALLENGE_BYTES, np.uint8)
         self._hello = msgspec.structs.replace(
@@ -127,12 +97,14 @@ class Stream:
 
     def write(self, rail: StreamRail, key: int, plan: CopyPlan, on_done: OnDone) -> None:
         """Enqueue a write, see `Rail.write`."""
-        small = plan.length.size == 1 and int(plan.length[0]) <= wire.MAX_FRAME_BYTES
-        pieces = [plan] if small else list(plan.split(wire.MAX_FRAME_BYTES, wire.MAX_FRAME_RANGES))
+        staged = self.stages(rail, plan)
+        most = LOAD_BYTES if staged else wire.MAX_FRAME_BYTES
+        small = plan.length.size == 1 and int(plan.length[0]) <= most
+        pieces = [plan] if small else list(plan.split(most, wire.MAX_FRAME_RANGES))
         write, number = Write(rail.path, on_done, len(pieces)), next(self._numbers)
         last = len(pieces) - 1
         frames = [
-            Frame(write, key, number, piece, wire.LAST * (at == last), self._checksum)
+            Frame(write, key, number, piece, wire.LAST * (at == last), self._checksum, staged)
             for at, piece in enumerate(pieces)
         ]
         with self._changed:
@@ -142,6 +114,10 @@ class Stream:
             write.end(Failure(reason, True))
         elif now:
             self._send_now()
+
+    def stages(self, rail: StreamRail, plan: CopyPlan) -> bool:
+        """Whether a plan's source has to be staged, which takes waiting."""
+        return self._staging.active and rail.path == "tcp" and self._staging.covers(plan.src)
 
     def piece(self, rail: StreamRail, key: int, plan: CopyPlan, on_done: OnDone) -> Frame:
         """A write of one frame, not enqueued."""
@@ -322,7 +298,9 @@ class Stream:
     def _offer(self, frames: Sequence[Frame | Question]) -> bool:
         """Put frames into the queue: whether the caller is to send the first, by `_send_now`."""
         self._todo.extend(frames)
-        if self._busy or len(self._todo) > 1 or frames[0].nbytes > SMALL_BYTES:
+        first = frames[0]
+        waits = first.nbytes > SMALL_BYTES or (isinstance(first, Frame) and first.staged is not None)
+        if self._busy or len(self._todo) > 1 or waits:
             self._changed.notify()
             return False
         self._busy = True
@@ -359,7 +337,7 @@ class Stream:
 
     def _run(self) -> None:
         """The stream's thread: connects, then sends until the end."""
-        reason = "a sender thread failed"
+        reason, loader = "a sender thread failed", Loader(self._staging)
         try:
             self._connect()
             self.owner.stream_up(self)
@@ -370,13 +348,19 @@ class Stream:
                     self._busy = True
                 if (entry := self._next()) is None:
                     return
+                if self._staging.active:
+                    with self._changed:
+                        ahead = [entry, *itertools.islice(self._todo, LOADS)]
+                    loader.load(ahead)
                 data = entry.begin()
                 while data.left:
                     self._push(data, 0)
+                loader.sent(entry)
         except (OSError, EOFError, TransportError) as broken:
             reason = str(broken)
         finally:
             self.breaks(reason)
+            loader.close()
             with self._reading:
                 if self.sock is not None:
                     self.sock.close()

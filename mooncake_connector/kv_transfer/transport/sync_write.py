@@ -12,7 +12,8 @@ from mooncake_connector.kv_transfer.transport.mailbox import IN_ORDER, LOOK_S, S
 from mooncake_connector.kv_transfer.transport.outgoing import Result
 
 if TYPE_CHECKING:
-    from mooncake_connector.kv_transfer.transport.stream import Stream, StreamRail
+    from mooncake_connector.kv_transfer.transport.stream import Stream
+    from mooncake_connector.kv_transfer.transport.stream_rail import StreamRail
 
 SMALL_BYTES = 32 << 10
 """Frames up to this size are sent by the thread that writes, if that takes no waiting."""
@@ -36,7 +37,8 @@ class SyncWriter:
     def write(self, rail: "StreamRail", key: int, plan: CopyPlan, timeout: float) -> Failure | None:
         """See `StreamRail.write_sync`."""
         result = Result()
-        if plan.length.size == 1 and int(plan.length[0]) <= SMALL_BYTES:
+        small = plan.length.size == 1 and int(plan.length[0]) <= SMALL_BYTES
+        if small and not self._stream.stages(rail, plan):
             if rail.path == "process_vm" and self._by_mailbox(rail, key, plan, timeout):
                 return None
             frame = self._stream.piece(rail, key, plan, result)

@@ -1,4 +1,7 @@
-"""The tcp path at the target: the payload follows its frame, from the socket straight into granted memory."""
+"""The tcp path at the target: the payload follows its frame, from the socket straight into granted memory.
+
+For memory of GPUs see `staging`.
+"""
 
 import select
 import socket
@@ -11,9 +14,14 @@ _SCRATCH_BYTES = 256 << 10
 
 
 class Inbox:
-    """One connection's payloads."""
+    """One connection's payloads.
+
+    Attributes:
+        digest: checksum of what was landed last, if that is not to be taken from where it has landed.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
+        self.digest: int | None = None
         self._sock = sock
         self._scratch: memoryview | None = None
         self._readable = select.poll()
@@ -23,6 +31,9 @@ class Inbox:
     def close(self) -> None:
         """Land nothing any more, even if it has arrived; from any thread."""
         self._closed = True
+
+    def release(self) -> None:
+        """Give back what it holds; for the thread that serves the connection, when that has ended."""
 
     def readable(self) -> bool:
         """Whether something has come, or the connection has ended."""

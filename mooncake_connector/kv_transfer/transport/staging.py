@@ -1,0 +1,306 @@
+"""GPU memory over sockets: by way of page-locked buffers, filled and emptied by the GPU's copy engines.
+
+The initiator gathers a frame while the one before it is being sent. The target receives a part of a frame
+while the copy engines put the part before it in its place. A byte has landed once the GPU has it: so long
+the reply waits, and a fence of its grant.
+"""
+
+import contextlib
+import socket
+import threading
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from mooncake_connector.errors import TransportError
+from mooncake_connector.kv_transfer.memory import Ranges, Region, U64Array
+from mooncake_connector.kv_transfer.plan import CopyPlan
+from mooncake_connector.kv_transfer.transport import wire
+from mooncake_connector.kv_transfer.transport.cuda import driver
+from mooncake_connector.kv_transfer.transport.grants import Grant
+from mooncake_connector.kv_transfer.transport.outgoing import Frame, Question
+from mooncake_connector.kv_transfer.transport.syscalls import MSG_DONTWAIT, Few, receive
+from mooncake_connector.kv_transfer.transport.tcp import Inbox
+
+LOAD_BYTES, LOADS = 4 << 20, 2
+"""A sender's buffers: one is sent, one is filled. What a frame costs besides its bytes wants large frames."""
+
+UNLOAD_BYTES, UNLOADS = 1 << 20, 3
+"""A receiver's buffers. Before a frame is answered its last copy is waited for, which wants small ones."""
+
+
+class Device(Protocol):
+    """What is needed of `transport.cuda.driver`, which documents it."""
+
+    def context_at(self, address: int, /) -> contextlib.AbstractContextManager[Any]: ...
+
+    def Stream(self, context: Any, /) -> Any: ...
+
+    def Event(self, context: Any, /) -> Any: ...
+
+    def Pinned(self, nbytes: int, context: Any, /) -> Any: ...
+
+    def copy_batch_async(self, dst: U64Array, src: U64Array, length: U64Array, stream: int, /) -> None: ...
+
+
+class Staging:
+    """Which memory of this process is a GPU's, and has to be staged. Thread-safe; idle without such memory.
+
+    Args:
+        device: of the GPUs; `transport.cuda.driver` if None.
+    """
+
+    def __init__(self, device: Device | None = None) -> None:
+        self.device: Device = device or driver
+        self._lock = threading.Lock()
+        self._regions: list[Region] = []
+        self._ranges = _ranges([])
+
+    def add(self, region: Region) -> None:
+        """Stage what lies in a region, if that is a GPU's."""
+        if region.location.startswith("cuda"):
+            with self._lock:
+                self._regions.append(region)
+                self._ranges = _ranges(self._regions)
+
+    def remove(self, region: Region) -> None:
+        """Undo one `add`."""
+        with self._lock:
+            if region in self._regions:
+                self._regions.remove(region)
+                self._ranges = _ranges(self._regions)
+
+    @property
+    def active(self) -> bool:
+        """Whether there is any GPU memory."""
+        return bool(self._regions)
+
+    def covers(self, address: U64Array) -> bool:
+        """Whether any of these addresses (uint64 [n]) is in GPU memory."""
+        ranges = self._ranges
+        if not ranges.start.size or not address.size:
+            return False
+        at = np.searchsorted(ranges.start, address, side="right")
+        return bool(((at > 0) & (address < ranges.end[at - 1])).any())
+
+
+def _ranges(regions: list[Region]) -> Ranges:
+    return Ranges.of(
+        np.array([region.address for region in regions], np.uint64),
+        np.array([region.length for region in regions], np.uint64),
+    )
+
+
+class Slot:
+    """A page-locked buffer, and the last copy into it or out of it.
+
+    Attributes:
+        address: of its first byte.
+        array: uint8 [n], the buffer.
+    """
+
+    def __init__(self, device: Device, context: Any, stream: Any, nbytes: int) -> None:
+        self._device, self._stream = device, stream
+        self._copied = device.Event(context)
+        self._memory = device.Pinned(nbytes, context)
+        self.address: int = self._memory.address
+        self.array: NDArray[np.uint8] = self._memory.array
+
+    def fill(self, plan: CopyPlan) -> None:
+        """Begin to gather a plan's source, once what it waits for has happened."""
+        for event in plan.after:
+            self._stream.wait(event)
+        self._copy(plan.src, self._places(plan.length), plan.length)
+
+    def empty(self, dst: U64Array, length: U64Array) -> None:
+        """Begin to put the buffer's bytes, in order, to where they belong."""
+        self._copy(self._places(length), dst, length)
+
+    def wait(self) -> None:
+        """Wait for the copy; on an own stream, that is milliseconds, and no other process can make it longer.
+
+        Raises:
+            TransportError: The GPU failed. Nothing of this process reaches it any more.
+        """
+        self._copied.synchronize()
+
+    def close(self) -> None:
+        self._copied.close()
+        self._memory.close()
+
+    def _places(self, length: U64Array) -> U64Array:
+        return np.cumsum(length, dtype=np.uint64) - length + np.uint64(self.address)
+
+    def _copy(self, src: U64Array, dst: U64Array, length: U64Array) -> None:
+        merged = CopyPlan.of(src, dst, length)
+        try:
+            self._device.copy_batch_async(merged.dst, merged.src, merged.length, self._stream.handle)
+            self._copied.record(self._stream.handle)
+        except TransportError:
+            self._stream.synchronize()  # a part of it may be under way, which the event would not tell
+            raise
+
+
+class Lane:
+    """One connection's buffers in one direction. Belongs to the thread that makes it.
+
+    Attributes:
+        slots: the buffers, to be taken in turn.
+
+    Raises:
+        TransportError: The GPU's driver refuses; the message has the mend.
+    """
+
+    def __init__(self, device: Device, address: int, nbytes: int, count: int) -> None:
+        self._stack = contextlib.ExitStack()
+        try:
+            context = self._stack.enter_context(device.context_at(address))
+            stream = device.Stream(context)
+            self._stack.callback(stream.close)
+            self.slots = deque[Slot]()
+            for _ in range(count):
+                self.slots.append(Slot(device, context, stream, nbytes))
+                self._stack.callback(self.slots[-1].close)
+            self._stack.callback(stream.synchronize)
+        except TransportError as failed:
+            self.close()
+            raise TransportError(
+                f"can't stage GPU memory at {address:#x} in {count} buffers of {nbytes >> 20} MiB: {failed}"
+            ) from failed
+
+    def close(self) -> None:
+        """Wait for the copies under way, and give everything back."""
+        with contextlib.suppress(TransportError):
+            self._stack.close()
+
+
+class Loader:
+    """The initiator's side of one connection: gathers GPU memory ahead of sending. Of one thread."""
+
+    def __init__(self, staging: Staging) -> None:
+        self._staging = staging
+        self._lane: Lane | None = None
+
+    def load(self, entries: Iterable[Frame | Question]) -> None:
+        """Begin to gather what will be sent next, as far as there are buffers; in the order of sending.
+
+        Raises:
+            TransportError: The GPU refuses.
+        """
+        for entry in entries:
+            if isinstance(entry, Frame) and entry.staged is not None and entry.slot is None:
+                if self._lane is None:
+                    address = int(entry.staged.src[0])
+                    self._lane = Lane(self._staging.device, address, LOAD_BYTES, LOADS)
+                if not self._lane.slots:
+                    return
+                entry.slot = self._lane.slots.popleft()
+                entry.slot.fill(entry.staged)
+
+    def sent(self, entry: Frame | Question) -> None:
+        """An entry's bytes have left its buffer."""
+        if isinstance(entry, Frame) and entry.slot is not None and self._lane is not None:
+            self._lane.slots.append(entry.slot)
+            entry.slot = None
+
+    def close(self) -> None:
+        """Nothing is sent any more."""
+        if self._lane is not None:
+            self._lane.close()
+
+
+class StagedInbox(Inbox):
+    """An `Inbox` that lands in GPU memory as well. Of the thread that serves the connection."""
+
+    def __init__(self, sock: socket.socket, staging: Staging) -> None:
+        super().__init__(sock)
+        self._staging = staging
+        self._lane: Lane | None = None
+        self._under_way: deque[tuple[Slot, Grant, int]] = deque()
+        self._left = 0
+
+    def land(self, frame: wire.Frame, grant: Grant) -> tuple[int, str]:
+        """See `Inbox.land`."""
+        self.digest = None
+        if not self._staging.active:
+            return super().land(frame, grant)
+        dst, length, _ = frame.columns()
+        if not self._staging.covers(dst):
+            return super().land(frame, grant)
+        self._left = frame.nbytes
+        try:
+            return self._land(frame, grant, dst, length)
+        except TransportError as failed:
+            self._settle_all()
+            self.drain(self._left)
+            return wire.FAILED, f"the target's GPU memory can't be written: {failed}"
+        finally:
+            self._settle_all()
+
+    def release(self) -> None:
+        """See `Inbox.release`."""
+        if self._lane is not None:
+            self._lane.close()
+
+    def _land(self, frame: wire.Frame, grant: Grant, dst: U64Array, length: U64Array) -> tuple[int, str]:
+        """As `land`; whatever is under way when it ends is left to the caller."""
+        if self._lane is None:
+            self._lane = Lane(self._staging.device, int(dst[0]), UNLOAD_BYTES, UNLOADS)
+        digest = xxhash.xxh3_64() if frame.flags & wire.CHECKED else None
+        for piece in CopyPlan(length, dst, length).split(UNLOAD_BYTES):
+            self._settle(UNLOADS - 1)
+            slot, nbytes = self._lane.slots[0], piece.nbytes
+            self._lane.slots.rotate(-1)
+            self._receive(slot, nbytes)
+            if digest is not None:
+                digest.update(slot.array[:nbytes].data)
+            if not grant.enter():
+                self._settle()
+                self.drain(self._left)
+                return wire.REFUSED, f"key {frame.key} was revoked"
+            self._under_way.append((slot, grant, nbytes))
+            slot.empty(piece.dst, piece.length)
+        self._settle()
+        self.digest = digest.intdigest() if digest is not None else None
+        return wire.LANDED, ""
+
+    def _receive(self, slot: Slot, nbytes: int) -> None:
+        """Receive so many bytes into a buffer."""
+        place = Few(slot.address, nbytes)
+        while place.left:
+            if self._closed:
+                raise EOFError("the connection was closed here")
+            try:
+                got = receive(self._sock.fileno(), place, MSG_DONTWAIT)
+            except BlockingIOError:
+                self._settle()  # a grant's fence must not wait for what the initiator sends next
+                self._readable.poll()
+                continue
+            if not got:
+                raise EOFError("the peer closed the connection")
+            place.advance(got)
+            self._left -= got
+
+    def _settle(self, but: int = 0) -> None:
+        """Wait until at most so many copies are under way.
+
+        Raises:
+            TransportError: One failed.
+        """
+        while len(self._under_way) > but:
+            slot, grant, nbytes = self._under_way.popleft()
+            landed = 0
+            try:
+                slot.wait()
+                landed = nbytes
+            finally:
+                grant.leave(landed)
+
+    def _settle_all(self) -> None:
+        while self._under_way:
+            with contextlib.suppress(TransportError):
+                self._settle()
