@@ -15,11 +15,15 @@ from mooncake_connector.kv_transfer.vllm.compat import WorkerMetadata
 
 @dataclass
 class WorkerHandshake(KVConnectorHandshakeMetadata):
-    """Where a worker's agent listens, and the token that local messages carry."""
+    """Where a worker's agent listens, and the token that local messages carry.
+
+    `first_token`: whether it can go on from a token that prefill sampled.
+    """
 
     address: str
     token: bytes
     info: WorkerInfo
+    first_token: bool = False
 
 
 @dataclass
@@ -29,6 +33,7 @@ class StepMetadata(KVConnectorMetadata):
     Attributes:
         idle: nothing is computed in this step, and requests wait for KV.
         ended: (request id, whether its blocks are held for us).
+        first_tokens: what requests, by id, are to sample in this step.
     """
 
     step: int
@@ -36,6 +41,7 @@ class StepMetadata(KVConnectorMetadata):
     chunks: list[Chunk] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
     ended: list[tuple[str, bool]] = field(default_factory=list)
+    first_tokens: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass

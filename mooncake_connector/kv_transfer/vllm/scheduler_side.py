@@ -1,12 +1,9 @@
 """The half of the connector that lives beside vLLM's scheduler: what to load, what to push, what to hold."""
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import zmq
 
 from mooncake_connector import __version__
@@ -17,48 +14,31 @@ from mooncake_connector.kv_transfer.messages import (
     LocalDirectory,
     LocalDrop,
     LocalExpect,
+    LocalFirstToken,
     LocalRelease,
     LocalReserve,
     WantBlocks,
-    pack_blocks,
 )
 from mooncake_connector.kv_transfer.ports import LoadReport
 from mooncake_connector.kv_transfer.push import Chunk
+from mooncake_connector.kv_transfer.session import Outcome
 from mooncake_connector.kv_transfer.side_channel import Client, address_of, split_address
-from mooncake_connector.kv_transfer.vllm.compat import (
-    adapter_name,
-    media_ids,
-    preempted_ids,
-    transfer_group_ids,
-)
+from mooncake_connector.kv_transfer.vllm.compat import preempted_ids, transfer_group_ids
 from mooncake_connector.kv_transfer.vllm.kv_layout import groups_of
 from mooncake_connector.kv_transfer.vllm.metadata import StepMetadata, WorkerHandshake
+from mooncake_connector.kv_transfer.vllm.requests import (
+    Receive,
+    Send,
+    TransferKey,
+    prompt_hash,
+    transfer_id_of,
+    wanted_blocks,
+)
+from mooncake_connector.kv_transfer.vllm.timeline import Timelines, add_load, mark
 
 logger = logging.getLogger(__name__)
 
-TransferKey = tuple[str, bytes]
-
-
-@dataclass
-class _Send:
-    """A request that this engine prefills for others."""
-
-    id: TransferKey
-    num_prompt_tokens: int
-    scheduled: bool = False
-
-
-@dataclass
-class _Receive:
-    """A request whose KV another engine computes."""
-
-    id: TransferKey
-    engine_id: str
-    address: str
-    num_prompt_tokens: int
-    sibling: bool = False
-    asked: bool = False  # the scheduler has allocated its blocks: reserved or not, it is never asked again
-    loading: bool = False
+_NOTHING = WantBlocks(b"", b"")
 
 
 class SchedulerSide:
@@ -82,12 +62,15 @@ class SchedulerSide:
         self._workers: list[tuple[Client, bytes]] = []
         self._handshakes: list[WorkerHandshake] = []
         self._step = 0
-        self._sends: dict[str, _Send] = {}
+        self._sends: dict[str, Send] = {}
         self._preempted: set[str] = set()
         self._ended: list[tuple[str, bool]] = []
-        self._receives: dict[str, _Receive] = {}
+        self._receives: dict[str, Receive] = {}
         self._leaders: dict[TransferKey, str] = {}
         self._reports: dict[str, list[LoadReport]] = {}
+        self._forced: set[str] = set()
+        self._unanswered: dict[str, Receive] = {}
+        self._timelines = Timelines()
 
     def connect_workers(self, handshakes: Mapping[int, WorkerHandshake]) -> None:
         """Learn where this engine's workers listen, in rank order."""
@@ -113,8 +96,9 @@ class SchedulerSide:
             if not self._produces:
                 logger.warning("request %s asks a %s to prefill for others", request.request_id, self._role)
                 return
-            id = (_transfer_id(params, request.request_id), prompt_hash(request))
-            self._sends[request.request_id] = _Send(id, request.num_prompt_tokens)
+            id = (transfer_id_of(params, request.request_id), prompt_hash(request))
+            send = self._sends[request.request_id] = Send(id, request.num_prompt_tokens)
+            mark(send.moments, "received")
             for client, token in self._workers:
                 client.send(LocalExpect(token, request.request_id, *id))
         elif params.get("do_remote_prefill"):
@@ -129,9 +113,13 @@ class SchedulerSide:
                     ", ".join(missing),
                 )
                 return
-            id = (_transfer_id(params, ""), prompt_hash(request))
+            id = (transfer_id_of(params, ""), prompt_hash(request))
             address = address_of(str(params["remote_host"]), int(params["remote_port"]))
-            receive = _Receive(id, str(params["remote_engine_id"]), address, request.num_prompt_tokens)
+            receive = Receive(
+                id, str(params["remote_engine_id"]), address, request.num_prompt_tokens, request
+            )
+            mark(receive.moments, "received")
+            receive.wants_token = params.get("first_token") is True
             receive.sibling = self._leaders.setdefault(id, request.request_id) != request.request_id
             self._receives[request.request_id] = receive
 
@@ -150,7 +138,14 @@ class SchedulerSide:
             leader = self._receives.get(self._leaders.get(receive.id, ""))
             waits = self._caching and leader is not None and (leader.loading or not leader.asked)
             return (None, False) if waits else (0, False)
+        if receive.token_only:
+            return (None, False) if receive.loading else (0, False)
         count = receive.num_prompt_tokens - 1 - num_computed_tokens
+        if count <= 0 and receive.wants_token:
+            # Our cache has the whole prompt, but not what prefill samples after it.
+            receive.token_only = receive.loading = True
+            self._reserve(request.request_id, receive, (_NOTHING,) * len(self._groups))
+            return None, False
         return (count, True) if count > 0 else (0, False)
 
     def blocks_allocated(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -163,26 +158,32 @@ class SchedulerSide:
             num_tokens = receive.num_prompt_tokens - 1
             table = blocks.get_block_ids()
             want = tuple(
-                _want(group, table[index], num_tokens - num_external_tokens, num_tokens)
+                wanted_blocks(group, table[index], num_tokens - num_external_tokens, num_tokens)
                 for group, index in zip(self._groups, self._group_ids, strict=True)
             )
             receive.loading = True
-            for client, token in self._workers:
-                client.send(
-                    LocalReserve(
-                        token,
-                        request.request_id,
-                        receive.engine_id,
-                        receive.address,
-                        *receive.id,
-                        num_tokens,
-                        want,
-                    )
-                )
-        elif not receive.sibling:
+            mark(receive.moments, "reserved")
+            self._reserve(request.request_id, receive, want)
+        elif not receive.sibling and not receive.token_only:
             self._release(receive)
 
-    def _release(self, receive: _Receive) -> None:
+    def _reserve(self, request_id: str, receive: Receive, want: tuple[WantBlocks, ...]) -> None:
+        num_tokens = receive.num_prompt_tokens - 1
+        for client, token in self._workers:
+            client.send(
+                LocalReserve(
+                    token,
+                    request_id,
+                    receive.engine_id,
+                    receive.address,
+                    *receive.id,
+                    num_tokens,
+                    want,
+                    first_token=receive.wants_token,
+                )
+            )
+
+    def _release(self, receive: Receive) -> None:
         for client, token in self._workers:
             client.send(LocalRelease(token, receive.engine_id, receive.address, *receive.id))
 
@@ -194,6 +195,7 @@ class SchedulerSide:
         idle = not output.total_num_scheduled_tokens and any(r.loading for r in self._receives.values())
         meta = StepMetadata(self._step, idle, ended=self._ended)
         self._ended = []
+        self._follow_receives(meta, output)
         if not self._sends:
             return meta
         for request_id in preempted_ids(output):
@@ -229,16 +231,48 @@ class SchedulerSide:
         own = tuple(list(blocks[i]) if blocks else [] for i in self._group_ids)
         meta.chunks.append(Chunk(request_id, *send.id, start, end, own, replace, hits_ready))
         send.scheduled = True
+        mark(send.moments, "scheduled")
+
+    def _follow_receives(self, meta: StepMetadata, output: Any) -> None:
+        """Note which requests are computed for the first time, and which must sample a given token."""
+        for request_id in [r for r, known in self._unanswered.items() if known.request.num_output_tokens]:
+            mark(self._unanswered.pop(request_id).moments, "first_token")
+        for new in output.scheduled_new_reqs:
+            if (receive := self._receives.get(new.req_id)) is not None:
+                mark(receive.moments, "scheduled")
+                self._unanswered[new.req_id] = receive
+        if not self._forced:
+            return
+        starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for request_id in self._forced & starts.keys():
+            receive = self._receives[request_id]
+            if starts[request_id] + output.num_scheduled_tokens[request_id] >= receive.num_prompt_tokens:
+                meta.first_tokens[request_id] = receive.first_token
+        self._forced -= meta.first_tokens.keys()
 
     def loads_ended(self, reports: Sequence[LoadReport]) -> None:
         for report in reports:
             if report.request_id in self._receives:
-                self._reports.setdefault(report.request_id, []).append(report)
+                known = self._reports.setdefault(report.request_id, [])
+                known.append(report)
+                if report.token_only and len(known) == len(self._workers):
+                    self.load_over(report.request_id)
 
     def load_over(self, request_id: str) -> None:
         """All ranks have reported the request."""
-        if (receive := self._receives.get(request_id)) is not None:
-            receive.loading = False
+        if (receive := self._receives.get(request_id)) is None:
+            return
+        receive.loading = False
+        mark(receive.moments, "loaded")
+        reports = self._reports.get(request_id, [])
+        tokens = {r.first_token if r.outcome is Outcome.LOADED else -1 for r in reports}
+        if len(tokens) == 1 and (token := tokens.pop()) >= 0:
+            receive.first_token = token
+            self._forced.add(request_id)
+        elif receive.wants_token:
+            logger.warning("request %s samples its first token itself: prefill's did not come", request_id)
 
     # ------------------------------------------------------------------ requests go
 
@@ -251,6 +285,8 @@ class SchedulerSide:
         params = request.kv_transfer_params or {}
         if params.get("probe"):
             return False, self.describe()
+        if asked := params.get("timeline"):
+            return False, {"timeline": self._timelines.get(str(asked))}
         if (receive := self._receives.pop(request.request_id, None)) is not None:
             return False, self._receive_finished(request.request_id, receive)
         if (send := self._sends.pop(request.request_id, None)) is None:
@@ -259,6 +295,11 @@ class SchedulerSide:
         self._ended.append((request.request_id, held))
         if not held:
             return False, None
+        mark(send.moments, "prefilled")
+        self._timelines.keep(send.id[0], send.moments)
+        if params.get("first_token"):
+            for client, token in self._workers:
+                client.send(LocalFirstToken(token, request.request_id, request.output_token_ids[0]))
         host, port = split_address(self._handshakes[0].address)
         return True, {
             "do_remote_prefill": True,
@@ -271,9 +312,10 @@ class SchedulerSide:
             "tp_size": len(self._handshakes),
             "remote_num_tokens": send.num_prompt_tokens,
             "transfer_id": send.id[0],
+            "timeline": send.moments,
         }
 
-    def _receive_finished(self, request_id: str, receive: _Receive) -> dict[str, Any] | None:
+    def _receive_finished(self, request_id: str, receive: Receive) -> dict[str, Any] | None:
         if self._leaders.get(receive.id) == request_id:
             del self._leaders[receive.id]
         if not receive.asked and not receive.sibling:
@@ -281,9 +323,14 @@ class SchedulerSide:
         elif receive.loading:
             for client, token in self._workers:
                 client.send(LocalAbort(token, request_id))
+        self._forced.discard(request_id)
+        self._unanswered.pop(request_id, None)
+        mark(receive.moments, "finished")
+        self._timelines.keep(receive.id[0], receive.moments)
         reports = self._reports.pop(request_id, [])
         if not reports:
             return None
+        add_load(receive.moments, reports)
         return {
             "transfer": {
                 "outcome": reports[0].outcome.value,
@@ -293,6 +340,7 @@ class SchedulerSide:
                 "early_bytes": sum(r.early_bytes for r in reports),
                 "wait_ms": round(1e3 * max(r.wait_s for r in reports), 3),
                 "push_ms": round(1e3 * max(r.push_s for r in reports), 3),
+                "timeline": receive.moments,
             }
         }
 
@@ -317,6 +365,7 @@ class SchedulerSide:
             "model_hash": first.model_hash,
             "dtype": first.dtype,
             "role": self._role,
+            "first_token": all(h.first_token for h in self._handshakes),
             "version": __version__,
             "protocol": PROTOCOL,
         }
@@ -326,24 +375,3 @@ class SchedulerSide:
             client.close()
         self._workers.clear()
         self._context.term()
-
-
-def _transfer_id(params: Mapping[str, Any], default: str) -> str:
-    # Proxies made for NixlConnector hand on remote_request_id and may drop what they do not know.
-    return str(params.get("transfer_id") or params.get("remote_request_id") or default)
-
-
-def _want(group: Group, table: Sequence[int], num_computed: int, num_tokens: int) -> WantBlocks:
-    """The blocks of one group that hold tokens ``[num_computed, num_tokens)`` and are still attended to."""
-    first = max(num_computed // group.block_size, group.first_needed(num_tokens))
-    index = np.arange(first, -(-num_tokens // group.block_size), dtype=np.int64)
-    block = np.asarray(table, np.int64)[index]
-    real = block != 0  # vLLM's null block stands for what lies outside the window
-    return WantBlocks(pack_blocks(index[real]), pack_blocks(block[real]))
-
-
-def prompt_hash(request: Any) -> bytes:
-    """16 bytes that two engines agree on exactly if their KV of this prompt is the same."""
-    digest = hashlib.blake2b(np.asarray(request.prompt_token_ids, np.int64).tobytes(), digest_size=16)
-    digest.update(repr((adapter_name(request), media_ids(request))).encode())
-    return digest.digest()

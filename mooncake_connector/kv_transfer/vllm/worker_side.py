@@ -4,9 +4,11 @@ import logging
 import math
 import secrets
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import torch
 import vllm
 from vllm.distributed import get_tensor_model_parallel_rank
@@ -17,6 +19,7 @@ from mooncake_connector.kv_transfer.agent import WorkerAgent
 from mooncake_connector.kv_transfer.layout import WorkerInfo
 from mooncake_connector.kv_transfer.messages import PROTOCOL
 from mooncake_connector.kv_transfer.ports import LoadReport
+from mooncake_connector.kv_transfer.vllm import first_token
 from mooncake_connector.kv_transfer.vllm.kv_layout import layout_of, model_hash
 from mooncake_connector.kv_transfer.vllm.metadata import LoadReports, StepMetadata, WorkerHandshake
 
@@ -74,10 +77,14 @@ class WorkerSide:
     @property
     def handshake(self) -> WorkerHandshake | None:
         agent = self._agent
-        return None if agent is None else WorkerHandshake(agent.address, agent.token, agent.info)
+        if agent is None:
+            return None
+        forces = first_token.install(self._vllm_config)
+        return WorkerHandshake(agent.address, agent.token, agent.info, forces)
 
     def step_begins(self, meta: StepMetadata) -> None:
         self._meta = meta
+        first_token.force(meta.first_tokens)
         # Waking the I/O thread takes the interpreter from the forward pass: only where it will find enough
         # to push.
         layer_bytes = self._token_bytes * sum(chunk.end - chunk.start for chunk in meta.chunks)
@@ -114,10 +121,12 @@ class WorkerSide:
         if self._meta is not None and self._meta.idle and self._empty_handed > STEPS_IN_FLIGHT:
             agent.results_ready.wait(IDLE_WAIT_S)
         agent.results_ready.clear()
-        sent, loads = agent.take_sent(), agent.take_reports()
+        taken = time.monotonic()
+        sent = agent.take_sent()
+        loads = [msgspec.structs.replace(load, taken=taken) for load in agent.take_reports()]
         self._empty_handed = 0 if sent or loads else self._empty_handed + 1
         self._reports += loads
-        return sent, loads
+        return sent, [load for load in loads if not load.token_only]
 
     def take_reports(self) -> LoadReports | None:
         reports, self._reports = self._reports, []
