@@ -34,6 +34,7 @@ for layer in "${layers[@]}"; do
     fi
     test=(.venv/bin/python -m pytest "tests/$layer" -q)
     where=""
+    [ "$layer" = gpu ] && test=(scripts/gpu/test.sh)
     if [ "$layer" = rdma ] && ! rdma_here; then
         # Its kernel has netem, which those of small machines often lack.
         test=(scripts/rdma/guest.sh -t 900 -- "${test[@]}" tests/faults/test_network.py::test_netem)

@@ -1,0 +1,198 @@
+"""vLLM engines for the GPU tests: many small ones, several on each GPU, all started at once and shared."""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mooncake_connector.demo.models import make
+from mooncake_connector.errors import EngineStartError
+from mooncake_connector.scheduler.actuator.base import Role
+from mooncake_connector.scheduler.actuator.local import LocalEngine, LocalProxy, stop_all
+
+START_S = 300.0
+"""Of a dozen engines at once on a machine that has just been started."""
+
+LOG_LINES = 60
+MODEL_TOKENS = 4096
+
+ENVIRONMENT = {
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # NVLink multicast can put a shared host's GPUs out of service.
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+}
+# Graphs without torch.compile: the quickest start that has them.
+GRAPHS: tuple[str, ...] = ("--compilation-config", '{"mode":0,"cudagraph_mode":"FULL_DECODE_ONLY"}')
+GRAPHS += ("--cudagraph-capture-sizes", "1", "2", "4", "8")
+CHUNKS = ("--max-num-batched-tokens", "512")  # prompts of 3,000 tokens take six steps
+FP8 = ("--kv-cache-dtype", "fp8")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One engine.
+
+    Attributes:
+        role: None is one without a connector, to compare with.
+        gpus: tensor-parallel over these.
+        eager: no CUDA graphs.
+        block: tokens of a block.
+    """
+
+    role: Role | None
+    gpus: tuple[int, ...]
+    model: str = "llama"
+    args: tuple[str, ...] = ()
+    eager: bool = True
+    block: int = 16
+
+
+SHAPES = {
+    "one": Shape(None, (0,)),
+    "p": Shape("producer", (0,), args=CHUNKS),
+    "d": Shape("consumer", (1,)),
+    "d graphs": Shape("consumer", (1,), args=GRAPHS, eager=False),
+    "d beside p": Shape("consumer", (0,)),
+    "d block 32": Shape("consumer", (1,), block=32),
+    "p block 32": Shape("producer", (0,), block=32, args=CHUNKS),
+    "p tp2": Shape("producer", (0, 1), args=CHUNKS),
+    "d tp2": Shape("consumer", (0, 1)),
+    "p tp4": Shape("producer", (0, 1, 2, 3), args=CHUNKS),
+    "d tp4": Shape("consumer", (0, 1, 2, 3)),
+    "one mla": Shape(None, (0,), "mla"),
+    "p mla": Shape("producer", (0,), "mla", args=CHUNKS),
+    "d mla": Shape("consumer", (1,), "mla"),
+    "one fp8": Shape(None, (1,), args=FP8),
+    "p fp8": Shape("producer", (0,), args=(*FP8, *CHUNKS)),
+    "d fp8": Shape("consumer", (1,), args=FP8),
+}
+
+
+def vllm_here() -> str:
+    """Why no vLLM engine can be started in this environment; empty if one can."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not importable here: put it on PYTHONPATH"
+    return ""
+
+
+def llama(folder: Path) -> Path:
+    """A Llama of 8 heads and 4 KV heads of 128, 8 layers, in `folder`.
+
+    Its weights are real files: dummy ones differ between tensor-parallel sizes. They are large enough for
+    answers to wander, so that KV in a wrong place shows.
+    """
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(make("tiny-llama"), folder)
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(4321)
+    config = LlamaConfig(
+        vocab_size=len(AutoTokenizer.from_pretrained(folder)),
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=MODEL_TOKENS,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+        initializer_range=0.15,
+    )
+    LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@dataclass
+class Fleet:
+    """The engines of one test run.
+
+    Args:
+        names: of `SHAPES`.
+        folder: for models and logs; MOONCAKE_TEST_LOGS names another one for the logs.
+    """
+
+    names: list[str]
+    folder: Path
+    _engines: dict[str, LocalEngine] = field(default_factory=dict)
+    _proxies: dict[tuple[str, str], LocalProxy] = field(default_factory=dict)
+    _failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def _logs(self) -> Path:
+        return Path(os.environ.get("MOONCAKE_TEST_LOGS") or self.folder / "logs").absolute()
+
+    def start(self) -> None:
+        """Begin to start all of them; returns at once."""
+        if not self.names:
+            return
+        models = {SHAPES[name].model for name in self.names}
+        paths = {"llama": llama(self.folder / "llama")} if "llama" in models else {}
+        if "mla" in models:
+            paths["mla"] = make("tiny-deepseek")
+        for name in self.names:
+            self._engines[name] = self._made(name, paths[SHAPES[name].model])
+        for engine in self._engines.values():
+            engine.start()
+
+    def _made(self, name: str, model: Path) -> LocalEngine:
+        shape = SHAPES[name]
+        args = ["--dtype", "float16", "--max-model-len", str(MODEL_TOKENS), "--block-size", str(shape.block)]
+        args += ["--kv-cache-memory-bytes", str(1 << 30), "--gpu-memory-utilization", "0.04"]
+        args += ["--max-num-seqs", "32", "--tensor-parallel-size", str(len(shape.gpus))]
+        args += ["--disable-custom-all-reduce", *(["--enforce-eager"] if shape.eager else []), *shape.args]
+        return LocalEngine(
+            model,
+            role=shape.role,
+            extra={"path": "cuda_ipc"},
+            args=args,
+            name=name.replace(" ", "-"),
+            env={**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ",".join(map(str, shape.gpus))},
+            logs=self._logs,
+        )
+
+    def __getitem__(self, name: str) -> LocalEngine:
+        """An engine that is ready.
+
+        Raises:
+            AssertionError: It did not start; the message has the end of its log. The others go on.
+        """
+        if name in self._failed:
+            raise AssertionError(f"engine {name!r} did not start, as an earlier test says")
+        engine = self._engines[name]
+        try:
+            engine.wait_ready(START_S)
+        except EngineStartError as failed:
+            lines = engine.log_text().splitlines()
+            self._failed[name] = str(failed)
+            errors = [line for line in lines if "Error" in line][:10]
+            told = "\n".join(["errors:", *errors, "the end:", *lines[-LOG_LINES:]])
+            raise AssertionError(f"engine {name!r} did not start: {told}") from None
+        return engine
+
+    def proxy(self, prefill: str, decode: str) -> LocalProxy:
+        """A proxy before two engines, ready."""
+        if (prefill, decode) not in self._proxies:
+            made = LocalProxy(
+                [self[prefill].url],
+                [self[decode].url],
+                name=f"proxy-{prefill}-{decode}".replace(" ", "-"),
+                logs=self._logs,
+            )
+            self._proxies[prefill, decode] = made
+            made.start()
+            made.wait_ready(60)
+        return self._proxies[prefill, decode]
+
+    def close(self) -> None:
+        processes: list[Any] = [*self._proxies.values(), *self._engines.values()]
+        with contextlib.suppress(EngineStartError):
+            stop_all([process for process in processes if process._pid is not None], grace=5.0)
