@@ -262,8 +262,12 @@ class StagedInbox(Inbox):
                 self._settle()
                 self.drain(self._left)
                 return wire.REFUSED, f"key {frame.key} was revoked"
+            try:
+                slot.empty(piece.dst, piece.length)
+            except BaseException:
+                grant.leave(0)
+                raise
             self._under_way.append((slot, grant, nbytes))
-            slot.empty(piece.dst, piece.length)
         self._settle()
         self.digest = digest.intdigest() if digest is not None else None
         return wire.LANDED, ""
