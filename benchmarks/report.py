@@ -79,6 +79,7 @@ def publish(
     packages: Iterable[str] = (),
     others: Mapping[str, str] | None = None,
     busy: Sequence[float] = (),
+    facts: Mapping[str, object] | None = None,
 ) -> None:
     """Print the table and, if a file is given, write the rows with machine and versions.
 
@@ -86,19 +87,31 @@ def publish(
         packages: distributions whose versions matter here; those not installed are left out.
         others: versions of what lives in another environment.
         busy: what `settle` returned, so that readers can tell how quiet the machine was.
+        facts: what else there is to know of the machine.
     """
     print(table(rows))
-    if file is None:
-        return
+    if file is not None:
+        write(rows, file, packages, others, busy, facts)
+        print(f"written: {file}")
+
+
+def write(
+    rows: Sequence[Row],
+    file: Path,
+    packages: Iterable[str] = (),
+    others: Mapping[str, str] | None = None,
+    busy: Sequence[float] = (),
+    facts: Mapping[str, object] | None = None,
+) -> None:
+    """The file alone, of all rows or of those there are so far; arguments as for `publish`."""
     document = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine() | ({"busy_before_turns": _spread(busy)} if busy else {}),
+        "machine": machine() | dict(facts or {}) | ({"busy_before_turns": _spread(busy)} if busy else {}),
         "versions": versions(packages) | dict(others or {}),
         "rows": rows,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"written: {file}")
 
 
 def settle(limit_s: float, at_most: float = 0.1) -> float:
@@ -151,7 +164,8 @@ def _block(rows: Sequence[Row]) -> str:
     for subject in dict.fromkeys(row["subject"] for row in rows):
         mine = [row for row in rows if row["subject"] == subject]
         cells = {_case(row): _cell(row) for row in mine}
-        why = next((row["note"] for row in mine if row.get("note")), "")
+        measured = any(row["value"] is not None for row in mine)
+        why = "" if measured else next((row["note"] for row in mine if row.get("note")), "")
         lines.append([subject, why] if why else [subject, *(cells.get(case, "-") for case in cases or [""])])
     full = [line for line in lines if len(line) == len(lines[0])]
     widths = [max(len(line[at]) for line in full) for at in range(len(lines[0]))]
