@@ -52,6 +52,7 @@ def _add_proxy(parser: argparse.ArgumentParser) -> None:
     add("--host", help="address to listen on (127.0.0.1)")
     add("--port", help="port to listen on, 0 for a free one (8000)")
     add("--order", help="concurrent (default): prefill and decode at once; serial: prefill first")
+    add("--first-token", help="decode (default), or prefill: streams begin as soon as prefill has a token")
     add(
         "--min-prefill-tokens",
         "--short-prompt-threshold",

@@ -5,98 +5,36 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import aiohttp
-import msgspec
 from aiohttp import hdrs
 
-from mooncake_connector.errors import MooncakeError
+from mooncake_connector.scheduler.answer import (
+    BROKEN,
+    Answer,
+    DecodeFailed,
+    NoDecode,
+    PrefillFailed,
+    Reply,
+)
 from mooncake_connector.scheduler.engines.base import Engine, told
+from mooncake_connector.scheduler.first_token import Early, EarlyReader, Splice, eligible
 from mooncake_connector.scheduler.metrics import ProxyMetrics
 from mooncake_connector.scheduler.openai import COMPLETIONS, ClientRequest
 from mooncake_connector.scheduler.policy import Choice, Demand, Policy
 from mooncake_connector.scheduler.pool import Instance, Pool
+from mooncake_connector.scheduler.sse import Events
+from mooncake_connector.scheduler.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
 UNREACHABLE = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
-BROKEN = (aiohttp.ClientError, OSError, TimeoutError)
+EVENTS = "text/event-stream"
 REFUSAL_GRACE = 1.0
 LINGER = 5.0
 RETRY_PAUSE = 0.1
-
-
-class Reply(msgspec.Struct, frozen=True):
-    """A whole answer of an engine."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-
-class NoDecode(MooncakeError):
-    """No decode engine is usable."""
-
-
-class DecodeFailed(MooncakeError):
-    """Decode failed before its answer's first byte; `reply` is the 5xx it gave, if it gave one."""
-
-    def __init__(self, message: str, reply: Reply | None = None) -> None:
-        super().__init__(message)
-        self.reply = reply
-
-
-class StreamBroken(MooncakeError):
-    """Decode's stream ended before its end."""
-
-
-class PrefillFailed(MooncakeError):
-    """Prefill failed; `refused`: with a 4xx, which another prefill engine would repeat."""
-
-    def __init__(self, message: str, *, refused: bool = False) -> None:
-        super().__init__(message)
-        self.refused = refused
-
-
-class Answer:
-    """Decode's answer, open. `first` is all of it unless `streamed`. Close it, always."""
-
-    def __init__(
-        self,
-        choice: Choice,
-        reply: aiohttp.ClientResponse,
-        first: bytes,
-        streamed: bool,
-        release: Callable[[], None],
-    ) -> None:
-        self.choice = choice
-        self.status = reply.status
-        self.headers = reply.headers
-        self.first = first
-        self.streamed = streamed
-        self.prefill: asyncio.Task[bytes] | None = None
-        self._reply = reply
-        self._release = release
-
-    async def rest(self) -> AsyncIterator[bytes]:
-        """What follows `first`, as it comes.
-
-        Raises:
-            StreamBroken: the engine went away.
-        """
-        try:
-            async for chunk in self._reply.content.iter_any():
-                yield chunk
-        except BROKEN as error:
-            raise StreamBroken(f"decode {self.choice.decode} broke off: {told(error)}") from None
-
-    def close(self) -> None:
-        """Let go of the engine; an answer that isn't at its end is aborted there."""
-        self._release()
-        if self.streamed and not self._reply.content.at_eof():
-            self._reply.close()
 
 
 class Dispatcher:
@@ -104,6 +42,7 @@ class Dispatcher:
 
     Args:
         order: ``concurrent`` or ``serial``.
+        first_token: ``decode`` or ``prefill``: who sends a stream's first token.
         max_retries: further attempts after decode failed, and after prefill failed, each.
     """
 
@@ -116,6 +55,7 @@ class Dispatcher:
         metrics: ProxyMetrics,
         *,
         order: str,
+        first_token: str,
         max_retries: int,
     ) -> None:
         self._pool = pool
@@ -124,11 +64,12 @@ class Dispatcher:
         self._session = session
         self._metrics = metrics
         self._serial = order == "serial"
+        self._early = first_token == "prefill"
         self._max_retries = max_retries
         self._lingering: set[asyncio.Task[None]] = set()
         self._without_prefill = False
 
-    async def open(self, request: ClientRequest, headers: Mapping[str, str]) -> Answer:
+    async def open(self, request: ClientRequest, headers: Mapping[str, str], timeline: Timeline) -> Answer:
         """An answer whose first bytes are there; retries until then.
 
         Raises:
@@ -152,7 +93,7 @@ class Dispatcher:
             if choice.decode in avoid:
                 await asyncio.sleep(RETRY_PAUSE)
             try:
-                answer = await self._attempt(request, headers, choice)
+                answer = await self._attempt(request, headers, choice, timeline)
             except PrefillFailed as error:
                 log.warning("%s; trying without it", error)
                 self._metrics.retries.labels("prefill").inc()
@@ -194,7 +135,22 @@ class Dispatcher:
         """Cancel what still lingers."""
         await asyncio.gather(*(_cancelled(task) for task in self._lingering))
 
-    async def _attempt(self, request: ClientRequest, headers: Mapping[str, str], choice: Choice) -> Answer:
+    async def timeline(
+        self, answer: Answer, request: ClientRequest, headers: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """What both engines' connectors say of when the request came by."""
+        if not (answer.transfer_id and answer.choice.prefill):
+            return {}
+        body = self._engine.timeline_body(request, answer.transfer_id)
+        found: dict[str, Any] = {"transfer_id": answer.transfer_id}
+        for side, url in (("prefill", answer.choice.prefill), ("decode", answer.choice.decode)):
+            told = self._engine.prefill_params(await self._aside(url, body, headers))
+            found[side] = (told or {}).get("timeline", {})
+        return found
+
+    async def _attempt(
+        self, request: ClientRequest, headers: Mapping[str, str], choice: Choice, timeline: Timeline
+    ) -> Answer:
         decode = self._pool[choice.decode]
         source = self._pool[choice.prefill] if choice.prefill else None
         transfer_id = uuid.uuid4().hex
@@ -203,19 +159,31 @@ class Dispatcher:
         prefill: asyncio.Task[bytes] | None = None
         opening: asyncio.Task[Answer] | None = None
         answer: Answer | None = None
+        early: asyncio.Future[Early | None] | None = None
         try:
             params: dict[str, Any] | None = None
             if source and source.info:
-                params = self._engine.decode_params(source.info, transfer_id)
-                prefill = asyncio.create_task(self._prefill(source, request, headers, transfer_id))
+                if self._early and _both(source, decode) and eligible(request):
+                    early = asyncio.get_running_loop().create_future()
+                asked = early is not None
+                params = self._engine.decode_params(source.info, transfer_id, first_token=asked)
+                body = self._engine.prefill_body(request, transfer_id, first_token=asked)
+                prefill = asyncio.create_task(self._prefill(source, request, headers, body, timeline, early))
                 # A task that is cancelled before its first step runs no finally of its own.
                 prefill.add_done_callback(_ignoring_task(source.lease(request.prompt_tokens)))
                 if self._serial:
-                    params = self._engine.prefill_params(await prefill)
+                    # A stream says nothing of its transfer, but then we know all that there is to say.
+                    params = self._engine.prefill_params(await prefill) or (params if asked else None)
             body = self._engine.decode_body(request, params) if params else request.raw
-            opening = asyncio.create_task(self._open(decode, choice, request, headers, body, release))
+            timeline.mark("decode_sent")
+            opening = asyncio.create_task(
+                self._open(decode, choice, request, headers, body, release, timeline, early)
+            )
             answer = await _first(prefill, opening)
             answer.prefill = prefill
+            answer.transfer_id = transfer_id if params else ""
+            if early:
+                self._metrics.first_tokens.labels("prefill" if answer.early else "decode").inc()
             return answer
         finally:
             if answer is None:
@@ -234,24 +202,49 @@ class Dispatcher:
         source: Instance,
         request: ClientRequest,
         headers: Mapping[str, str],
-        transfer_id: str,
+        body: bytes,
+        timeline: Timeline,
+        early: asyncio.Future[Early | None] | None,
     ) -> bytes:
         started = time.perf_counter()
+        timeline.mark("prefill_sent")
         try:
-            body = self._engine.prefill_body(request, transfer_id)
             async with self._session.post(source.url + request.path, data=body, headers=headers) as reply:
+                if early and reply.content_type == EVENTS:
+                    await self._read_early(source, reply, timeline, early)
                 answer = await reply.read()
         except BROKEN as error:
             source.suspect(told(error), gone=isinstance(error, UNREACHABLE))
             raise PrefillFailed(f"prefill {source.url} failed: {told(error)}") from None
+        finally:
+            if early and not early.done():
+                early.set_result(None)
         if reply.status >= 500:
             source.suspect(f"answered {reply.status}")
         if reply.status >= 400:
             said = answer[:200].decode(errors="replace")
             refused = reply.status < 500
             raise PrefillFailed(f"prefill {source.url} answered {reply.status}: {said}", refused=refused)
+        timeline.mark("prefill_answer")
         self._metrics.prefill_seconds.observe(time.perf_counter() - started)
         return answer
+
+    async def _read_early(
+        self,
+        source: Instance,
+        reply: aiohttp.ClientResponse,
+        timeline: Timeline,
+        early: asyncio.Future[Early | None],
+    ) -> None:
+        events, reader = Events(), EarlyReader()
+        async for chunk in reply.content.iter_any():
+            for event in events.feed(chunk):
+                if failed := self._engine.stream_failure(event):
+                    said = failed[1][:200].decode(errors="replace")
+                    raise PrefillFailed(f"prefill {source.url} failed: {said}", refused=failed[0] < 500)
+                if (found := reader.feed(event)) and not early.done():
+                    timeline.mark("early")
+                    early.set_result(found)
 
     async def _open(
         self,
@@ -261,13 +254,26 @@ class Dispatcher:
         headers: Mapping[str, str],
         body: bytes,
         release: Callable[[], None],
+        timeline: Timeline,
+        early: asyncio.Future[Early | None] | None,
     ) -> Answer:
         reply: aiohttp.ClientResponse | None = None
+        reading: asyncio.Task[bytes] | None = None
         opened = False
         try:
             reply = await self._session.post(decode.url + request.path, data=body, headers=headers)
-            streamed = reply.status == 200 and reply.content_type == "text/event-stream"
-            first = await (reply.content.readany() if streamed else reply.read())
+            timeline.mark("decode_headers")
+            streamed = reply.status == 200 and reply.content_type == EVENTS
+            if streamed and early:
+                reading = asyncio.create_task(reply.content.readany())
+                both: set[asyncio.Future[Any]] = {reading, early}
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                if not reading.done() and (known := early.result()):
+                    opened = True
+                    splice = Splice(known)
+                    return Answer(choice, reply, known.events, True, release, timeline, reading, splice)
+            first = await (reading or (reply.content.readany() if streamed else reply.read()))
+            timeline.mark("decode_first")
             said = Reply(reply.status, reply.headers, first)
             if streamed and (failed := self._engine.stream_failure(first)):
                 said = Reply(failed[0], {hdrs.CONTENT_TYPE: "application/json"}, failed[1])
@@ -278,24 +284,30 @@ class Dispatcher:
             if streamed and not first:
                 raise DecodeFailed(f"decode {decode.url} ended its stream before the first byte")
             opened = True
-            return Answer(choice, reply, first, streamed, release)
+            return Answer(choice, reply, first, streamed, release, timeline)
         except BROKEN as error:
             decode.suspect(told(error), gone=isinstance(error, UNREACHABLE))
             raise DecodeFailed(f"decode {decode.url} failed: {told(error)}") from None
         finally:
             if reply and not opened:
                 reply.close()
+                if reading:
+                    await _cancelled(reading)
 
     async def _release(
         self, source: Instance, request: ClientRequest, headers: Mapping[str, str], transfer_id: str
     ) -> None:
         """Tell prefill that nobody comes: decode may never have seen the request, and the lease is long."""
-        body = self._engine.release_body(request, transfer_id)
+        await self._aside(source.url, self._engine.release_body(request, transfer_id), headers)
+
+    async def _aside(self, url: str, body: bytes, headers: Mapping[str, str]) -> bytes:
+        """A request that only the connector there answers; empty if it does not."""
         own = {k: v for k, v in headers.items() if k.lower() != "x-request-id"}
         with contextlib.suppress(*BROKEN):
             async with asyncio.timeout(LINGER):
-                async with self._session.post(source.url + COMPLETIONS, data=body, headers=own) as reply:
-                    await reply.read()
+                async with self._session.post(url + COMPLETIONS, data=body, headers=own) as reply:
+                    return await reply.read()
+        return b""
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._lingering.add(task)
@@ -331,6 +343,11 @@ async def _first(prefill: asyncio.Task[bytes] | None, opening: asyncio.Task[Answ
     if error and not opening.done():
         raise error
     return await opening
+
+
+def _both(prefill: Instance, decode: Instance) -> bool:
+    """Whether the connectors of both know how to hand over a first token."""
+    return all(instance.info is not None and instance.info.first_token for instance in (prefill, decode))
 
 
 def _ignoring_task(done: Callable[[], None]) -> Callable[[object], None]:

@@ -39,6 +39,20 @@ class ProxyMetrics:
             buckets=SECONDS,
             registry=self.registry,
         )
+        self.step_seconds = Histogram(
+            "mooncake_proxy_step_seconds",
+            "dispatch: until decode is asked; hand_over: from prefill's answer to decode's first bytes; "
+            "answer: from those to the last.",
+            ["step"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.first_tokens = Counter(
+            "mooncake_proxy_first_tokens",
+            "Streams by whose first token the client got, where prefill's could have been.",
+            ["by"],
+            registry=self.registry,
+        )
         self.retries = Counter(
             "mooncake_proxy_retries",
             "Further attempts, by the side that failed.",

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -14,7 +15,8 @@ import prometheus_client
 from aiohttp import hdrs, web
 
 from mooncake_connector.errors import ConfigError
-from mooncake_connector.scheduler.dispatch import Answer, DecodeFailed, Dispatcher, NoDecode, StreamBroken
+from mooncake_connector.scheduler.answer import Answer, DecodeFailed, NoDecode, StreamBroken
+from mooncake_connector.scheduler.dispatch import Dispatcher
 from mooncake_connector.scheduler.engines.base import Engine
 from mooncake_connector.scheduler.engines.vllm import VllmEngine
 from mooncake_connector.scheduler.metrics import ProxyMetrics
@@ -23,6 +25,7 @@ from mooncake_connector.scheduler.policy import LeastLoaded, Policy
 from mooncake_connector.scheduler.pool import Pool
 from mooncake_connector.scheduler.probe import Prober
 from mooncake_connector.scheduler.settings import ProxySettings
+from mooncake_connector.scheduler.timeline import HEADER, Timeline, into_answer, with_timeline
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +103,7 @@ class Proxy:
                 self._session,
                 self.metrics,
                 order=settings.order,
+                first_token=settings.first_token,
                 max_retries=settings.max_retries,
             )
             prober = Prober(
@@ -125,19 +129,29 @@ class Proxy:
 
     async def _generate(self, http: web.Request) -> web.StreamResponse:
         started = time.perf_counter()
+        timeline = Timeline(http.headers.get(HEADER) == "1")
         outcome = "cancelled"
         answer: Answer | None = None
         try:
             request = ClientRequest.parse(http.path, await http.read())
+            timeline.mark("parsed")
             headers, request_id = _forwarded(http, request)
-            answer = await self._dispatcher.open(request, headers)
+            answer = await self._dispatcher.open(request, headers, timeline)
             returned = _returned(answer.headers)
             returned["x-mooncake-decode"] = answer.choice.decode
             returned["x-mooncake-prefill"] = answer.choice.prefill or f"none ({answer.choice.reason})"
             returned[REQUEST_ID] = request_id
+            if answer.early:
+                returned["x-mooncake-first-token"] = "prefill"
             if answer.streamed:
                 self.metrics.first_byte.observe(time.perf_counter() - started)
-            response, outcome = await _relay(http, answer, returned)
+
+            async def tell() -> dict[str, Any]:
+                timeline.mark("decode_end")
+                told = await self._dispatcher.timeline(answer, request, headers)
+                return told | {"proxy": timeline.moments}
+
+            response, outcome = await _relay(http, answer, returned, timeline, tell)
             return response
         except web.HTTPRequestEntityTooLarge:
             outcome = "client_error"
@@ -161,6 +175,7 @@ class Proxy:
                 await self._dispatcher.finish(answer, whole=outcome in ("ok", "client_error"))
             self.metrics.requests.labels(http.path, outcome).inc()
             self.metrics.duration.observe(time.perf_counter() - started)
+            timeline.observe(self.metrics)
 
     async def _models(self, http: web.Request) -> web.StreamResponse:
         headers = {name: value for name, value in http.headers.items() if name.lower() not in NOT_FORWARDED}
@@ -192,20 +207,31 @@ class Proxy:
 
 
 async def _relay(
-    http: web.Request, answer: Answer, headers: dict[str, str]
+    http: web.Request,
+    answer: Answer,
+    headers: dict[str, str],
+    timeline: Timeline,
+    tell: Callable[[], Awaitable[dict[str, Any]]],
 ) -> tuple[web.StreamResponse, str]:
     """Decode's bytes to the client, and how it ended."""
     if not answer.streamed:
-        whole = web.Response(status=answer.status, body=answer.first, headers=headers)
+        timeline.mark("first_byte")
+        asked = timeline.asked and answer.status == 200
+        body = into_answer(answer.first, await tell()) if asked else answer.first
+        whole = web.Response(status=answer.status, body=body, headers=headers)
         return whole, "ok" if answer.status < 400 else "client_error"
     response = web.StreamResponse(status=answer.status, headers=headers)
     outcome = "ok"
     try:
         await response.prepare(http)
-        await response.write(answer.first)
+        chunks = answer.chunks()
         try:
-            async for chunk in answer.rest():
+            async for chunk in with_timeline(chunks, tell) if timeline.asked else chunks:
+                if not chunk:
+                    continue
                 await response.write(chunk)
+                if "first_byte" not in timeline.moments:
+                    timeline.mark("first_byte")
         except StreamBroken as error:
             log.warning("%s", error)
             outcome = "stream_broken"

@@ -21,6 +21,7 @@ class ProxySettings(msgspec.Struct, frozen=True, kw_only=True):
         host: address to listen on.
         port: port to listen on; 0 takes a free one.
         order: ``concurrent`` sends to prefill and decode at once; ``serial`` hands P's answer to D.
+        first_token: ``decode`` sends it, or ``prefill`` where that is exact: earlier by the hand-over.
         min_prefill_tokens: prompts estimated shorter than this go to decode alone; 0 sends none that way.
         max_retries: further decode attempts while nothing was streamed.
         max_body_mib: largest request body, MiB.
@@ -38,6 +39,7 @@ class ProxySettings(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
     order: Literal["concurrent", "serial"] = "concurrent"
+    first_token: Literal["decode", "prefill"] = "decode"
     min_prefill_tokens: int = 0
     max_retries: int = 2
     max_body_mib: int = 64

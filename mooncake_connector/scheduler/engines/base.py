@@ -40,6 +40,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
         role: ``kv_producer``, ``kv_consumer`` or ``kv_both``.
         version: of mooncake_connector there.
         protocol: of the connector's messages.
+        first_token: whether it can go on from a token that another engine sampled.
     """
 
     engine_id: str
@@ -57,6 +58,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     tp_size: int = 1
     pp_size: int = 1
     model_hash: str = ""
+    first_token: bool = False
 
     @property
     def group(self) -> str:
@@ -102,14 +104,23 @@ class Engine(Protocol):
     def alone(self, request: ClientRequest) -> str:
         """Why this request must be served by decode alone; empty if prefill can help."""
 
-    def prefill_body(self, request: ClientRequest, transfer_id: str) -> bytes:
-        """Body that makes the prefill engine compute the same prompt and push its KV."""
+    def prefill_body(self, request: ClientRequest, transfer_id: str, *, first_token: bool = False) -> bytes:
+        """Body that makes the prefill engine compute the same prompt and push its KV.
+
+        Args:
+            first_token: sample and stream its token as decode would, and tell decode's connector.
+        """
 
     def release_body(self, request: ClientRequest, transfer_id: str) -> bytes:
         """A completion that tells a prefill engine to let go of a transfer that nobody will come for."""
 
-    def decode_params(self, prefill: EngineInfo, transfer_id: str) -> dict[str, Any]:
-        """What the decode engine needs to know to receive it."""
+    def timeline_body(self, request: ClientRequest, transfer_id: str) -> bytes:
+        """A completion that asks either engine when that transfer's request came by."""
+
+    def decode_params(
+        self, prefill: EngineInfo, transfer_id: str, *, first_token: bool = False
+    ) -> dict[str, Any]:
+        """What the decode engine needs to know to receive it; `first_token`: to go on from prefill's."""
 
     def decode_body(self, request: ClientRequest, params: dict[str, Any]) -> bytes:
         """The client's body plus `params`."""

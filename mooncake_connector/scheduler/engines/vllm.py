@@ -33,6 +33,8 @@ ANSWER_ONLY = frozenset(
         "kv_transfer_params",
     }
 )
+# ... unless its token is the client's first.
+SHAPES_FIRST = frozenset({"min_tokens", "structured_outputs", "stream_options"})
 CONNECTOR_MEND = (
     "start it with --kv-transfer-config "
     '\'{"kv_connector":"MooncakePushConnector","kv_connector_module_path":"mooncake_connector.kv_transfer.vllm",'
@@ -97,35 +99,31 @@ class VllmEngine:
             return "truncation"
         return ""
 
-    def prefill_body(self, request: ClientRequest, transfer_id: str) -> bytes:
-        fields: dict[str, Any] = {k: v for k, v in request.fields.items() if k not in ANSWER_ONLY}
-        if request.path == COMPLETIONS:
+    def prefill_body(self, request: ClientRequest, transfer_id: str, *, first_token: bool = False) -> bytes:
+        dropped = ANSWER_ONLY - SHAPES_FIRST if first_token else ANSWER_ONLY
+        fields: dict[str, Any] = {k: v for k, v in request.fields.items() if k not in dropped}
+        params = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer_id}
+        if first_token:
+            params["first_token"] = True
+            if request.get("min_tokens"):
+                fields["min_tokens"] = 1
+        elif request.path == COMPLETIONS:
             fields.pop("response_format", None)
-        else:
+        if request.path == CHAT:
             fields["max_completion_tokens"] = 1
-        fields |= {
-            "max_tokens": 1,
-            "stream": False,
-            "kv_transfer_params": {
-                "do_remote_decode": True,
-                "do_remote_prefill": False,
-                "transfer_id": transfer_id,
-            },
-        }
+        fields |= {"max_tokens": 1, "stream": first_token, "kv_transfer_params": params}
         return msgspec.json.encode(fields)
 
     def release_body(self, request: ClientRequest, transfer_id: str) -> bytes:
-        fields: dict[str, Any] = {
-            "prompt": [0],
-            "max_tokens": 1,
-            "kv_transfer_params": {"release": transfer_id},
-        }
-        if (model := request.get("model")) is not None:
-            fields["model"] = model
-        return msgspec.json.encode(fields)
+        return _aside(request, {"release": transfer_id})
 
-    def decode_params(self, prefill: EngineInfo, transfer_id: str) -> dict[str, Any]:
-        return {
+    def timeline_body(self, request: ClientRequest, transfer_id: str) -> bytes:
+        return _aside(request, {"timeline": transfer_id})
+
+    def decode_params(
+        self, prefill: EngineInfo, transfer_id: str, *, first_token: bool = False
+    ) -> dict[str, Any]:
+        params = {
             "do_remote_prefill": True,
             "do_remote_decode": False,
             "transfer_id": transfer_id,
@@ -134,6 +132,7 @@ class VllmEngine:
             "remote_port": prefill.port,
             "tp_size": prefill.tp_size,
         }
+        return params | {"first_token": True} if first_token else params
 
     def decode_body(self, request: ClientRequest, params: dict[str, Any]) -> bytes:
         # Spliced in, so that every other byte is the client's; of two equal keys JSON's last one counts.
@@ -180,3 +179,11 @@ class VllmEngine:
         if reply.status != 200:
             raise EngineUnready(f"{url} answered {reply.status}: {answer[:200].decode(errors='replace')}")
         return answer
+
+
+def _aside(request: ClientRequest, params: dict[str, Any]) -> bytes:
+    """A completion that is only there for what the connector does with its parameters."""
+    fields: dict[str, Any] = {"prompt": [0], "max_tokens": 1, "kv_transfer_params": params}
+    if (model := request.get("model")) is not None:
+        fields["model"] = model
+    return msgspec.json.encode(fields)
