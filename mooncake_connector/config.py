@@ -14,7 +14,7 @@ from mooncake_connector.errors import ConfigError
 
 ENV_PREFIX = "MOONCAKE_"
 
-PATHS = ("process_vm", "rdma", "tcp")
+PATHS = ("cuda_ipc", "process_vm", "rdma", "tcp")
 """Ways for the bytes, the preferred first."""
 
 
@@ -22,14 +22,16 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Settings of one transfer engine.
 
     Attributes:
-        path: ``auto`` takes every way that both sides have, the preferred first: process_vm on one host, rdma
-            where both have a NIC, tcp always. A name, or several with commas, in order of preference, takes
-            only these.
+        path: ``auto`` takes every way that both sides have, the preferred first: on one host cuda_ipc for
+            GPU memory and process_vm for the host's, rdma where both have a NIC, tcp always. A name, or
+            several with commas, in order of preference, takes only these.
         connections: TCP connections per peer; writes are striped over them.
         checksum: verify every slice that comes by tcp or process_vm at the target.
         rdma_devices: names or patterns of the NICs to use, with commas (``mlx5_*``); empty: all.
         rdma_gid_index: of the GID table; -1 chooses (RoCE v2 over IPv4 preferred).
         rdma_qps: queue pairs per pair of NICs.
+        cuda_sms: multiprocessors that cuda_ipc takes from the model while it copies scattered pages.
+        cuda_copy: ``auto`` leaves long ranges to copy engines; ``kernel`` and ``copy_engine`` force one.
         topology: JSON file of preferred and secondary NICs per memory location; empty: by distance.
     """
 
@@ -39,6 +41,8 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     rdma_devices: str = ""
     rdma_gid_index: int = -1
     rdma_qps: int = 2
+    cuda_sms: int = 16
+    cuda_copy: str = "auto"
     topology: str = ""
 
     def __post_init__(self) -> None:
@@ -46,6 +50,10 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             raise ConfigError(f"connections must be 1 to 16, got {self.connections}")
         if not 1 <= self.rdma_qps <= 16:
             raise ConfigError(f"rdma_qps must be 1 to 16, got {self.rdma_qps}")
+        if not 1 <= self.cuda_sms <= 64:
+            raise ConfigError(f"cuda_sms must be 1 to 64, got {self.cuda_sms}")
+        if self.cuda_copy not in ("auto", "kernel", "copy_engine"):
+            raise ConfigError(f"cuda_copy={self.cuda_copy!r}: choose auto, kernel or copy_engine")
         unknown = [name for name in self.paths if name not in PATHS]
         if unknown or not self.paths or len(set(self.paths)) < len(self.paths):
             raise ConfigError(
@@ -73,7 +81,8 @@ class ConnectorConfig(TransferConfig, frozen=True, forbid_unknown_fields=True, k
         match_timeout_s: how long prefill keeps a reservation for a request it never received [s].
         handshake_timeout_s: deadline for reaching a prefill engine and agreeing with it [s].
         push_bytes: while a step runs, push as soon as this much of a request's KV is ready; what is left goes
-            with the step's last layer. Small pieces cost the forward pass more than they save.
+            with the step's last layer. Small pieces cost the forward pass more than they save. 0 chooses by
+            the memory: 1 MiB in host memory, 64 MiB on GPUs; 1 pushes every layer by itself.
     """
 
     side_channel_host: str = "127.0.0.1"
@@ -84,7 +93,7 @@ class ConnectorConfig(TransferConfig, frozen=True, forbid_unknown_fields=True, k
     load_timeout_s: float = 120.0
     match_timeout_s: float = 5.0
     handshake_timeout_s: float = 3.0
-    push_bytes: int = 1 << 20
+    push_bytes: int = 0
 
     def __post_init__(self) -> None:
         TransferConfig.__post_init__(self)
@@ -98,7 +107,7 @@ class ConnectorConfig(TransferConfig, frozen=True, forbid_unknown_fields=True, k
                 f"side_channel_port must be 0 (ephemeral) to 65000, got {self.side_channel_port}"
             )
         if self.push_bytes < 0:
-            raise ConfigError(f"push_bytes must be 0 (push every layer) or more, got {self.push_bytes}")
+            raise ConfigError(f"push_bytes must be 0 (automatic) or more, got {self.push_bytes}")
         for name in ("lease_s", "heartbeat_s", "peer_timeout_s", "load_timeout_s", "match_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")

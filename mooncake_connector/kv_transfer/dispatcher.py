@@ -316,7 +316,7 @@ class Dispatcher:
         self, t: _Transfer, piece: Piece, rail: RailState, nbytes: int, now: float, actions: list[Action]
     ) -> None:
         """Post a slice of the first waiting transfer, which then goes to the end of its queue."""
-        plan, nbytes = piece.take(nbytes, self._policy.max_ranges)
+        plan, nbytes = piece.take(nbytes, rail.max_ranges)
         waiting = self._waiting[t.priority]
         waiting.popleft()
         if not piece.left:

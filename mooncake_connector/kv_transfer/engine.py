@@ -26,6 +26,7 @@ from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.pull import Pulls
 from mooncake_connector.kv_transfer.transfer import Transfer
 from mooncake_connector.kv_transfer.transport import Endpoint, Receiver, allow_reader, open_link
+from mooncake_connector.kv_transfer.transport.cuda.gpu import Gpu
 from mooncake_connector.kv_transfer.transport.staging import Staging
 
 __all__ = ["Peer", "Priority", "Transfer", "TransferEngine"]
@@ -87,9 +88,10 @@ class TransferEngine:
             staging=self._staging,
         )
         self._fabric = open_fabric(self.config, self._receiver.serve)
+        self._gpu = Gpu(self.config, self._receiver.serve)
         self.inbound = Inbound(
             self._receiver,
-            self._fabric.target if self._fabric is not None else None,
+            [self._gpu.target, *([self._fabric.target] if self._fabric is not None else [])],
             wake=self._wake,
             on_link_broken=self._link_down,
         )
@@ -109,9 +111,11 @@ class TransferEngine:
             TransportError: A NIC can't register it.
         """
         region = region_of(memory)
-        if self._fabric is not None and region not in self._regions:
-            self._fabric.register(region)
         if region not in self._regions:
+            if self._fabric is not None:
+                self._fabric.register(region)
+            if region.on_gpu and "cuda_ipc" in self.config.paths:
+                self._gpu.register(region)
             self._staging.add(region)
         self._regions[region] = memory
         return region
@@ -120,6 +124,8 @@ class TransferEngine:
         """Forget a region; grants and transfers on it must have ended."""
         if self._regions.pop(region, None) is not None:
             self._staging.remove(region)
+            if region.on_gpu:
+                self._gpu.deregister(region)
             if self._fabric is not None:
                 self._fabric.deregister(region)
 
@@ -142,21 +148,24 @@ class TransferEngine:
         )
         self.fence(peer)
         key = secrets.randbits(62)
-        endpoint = self.inbound.admit(peer, one_sided="rdma" in self.paths)
+        paths = self._paths(regions)
+        endpoint = self.inbound.admit(peer, paths=paths)
         self.inbound.grant(key, peer, ranges)
         self._offered[peer] = ranges
-        return str(Address(endpoint, key, tuple(regions), self.paths, os.getpid()))
+        return str(Address(endpoint, key, tuple(regions), paths, os.getpid()))
 
     def fence(self, peer: str) -> None:
         """End a peer's link: when this returns no write of it can land any more."""
         self._offered.pop(peer, None)
-        self.inbound.drop(peer)
+        fenced = threading.Event()
+        self.inbound.drop(peer, fenced.set)
+        fenced.wait()
         self.inbound.revoke_all(peer)
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The ways this engine can be reached by, the preferred first."""
-        return tuple(path for path in self.config.paths if path != "rdma" or self._fabric is not None)
+        """The ways from and to all memory that is registered, the preferred first."""
+        return self._paths(list(self._regions))
 
     # ------------------------------------------------------------------ initiator
 
@@ -173,7 +182,7 @@ class TransferEngine:
                 f"no way in common: path={self.config.path!r} here, {', '.join(there.paths)} there; "
                 "set path to auto on one side"
             )
-        if "process_vm" in ways:
+        if {"process_vm", "cuda_ipc"} & set(ways):
             allow_reader(there.pid)
         name = f"{there.endpoint.host}:{there.endpoint.port}/{next(self._names)}"
         return Peer(name, there.key, there.regions, self.open(name, there.endpoint, ways))
@@ -202,7 +211,10 @@ class TransferEngine:
                 connections=connections or self.config.connections,
                 checksum=self.config.checksum,
                 events=outbound,
-                one_sided=self._fabric.rails if self._fabric is not None and "rdma" in paths else None,
+                one_sided=[
+                    *([self._gpu.rails] if "cuda_ipc" in paths else []),
+                    *([self._fabric.rails] if self._fabric is not None and "rdma" in paths else []),
+                ],
                 staging=self._staging,
             )
         )
@@ -265,6 +277,7 @@ class TransferEngine:
         self.inbound.close()
         if self._fabric is not None:
             self._fabric.close()
+        self._gpu.close()
         self._regions.clear()
 
     @property
@@ -273,6 +286,15 @@ class TransferEngine:
         return tuple(self._outbounds)
 
     # ------------------------------------------------------------------ inside
+
+    def _paths(self, regions: Sequence[Region]) -> tuple[str, ...]:
+        on_gpu = [region.on_gpu for region in regions]
+        possible = {
+            "cuda_ipc": bool(on_gpu) and all(on_gpu) and self._gpu.usable,
+            "process_vm": not any(on_gpu),
+            "rdma": self._fabric is not None,
+        }
+        return tuple(path for path in self.config.paths if possible.get(path, True))
 
     def readable(self, peer: str, plan: CopyPlan) -> bool:
         """Whether all that `plan` reads was offered to this peer."""

@@ -12,11 +12,9 @@ from mooncake_connector.errors import ConfigError, TransportError
 from mooncake_connector.kv_transfer.memory import Region
 from mooncake_connector.kv_transfer.topology import Change, Matrix, NicRules, Topology, Watcher, discover
 from mooncake_connector.kv_transfer.topology.model import Nic
-from mooncake_connector.kv_transfer.transport.base import LinkEvents
+from mooncake_connector.kv_transfer.transport.base import Ask, LinkEvents, Serve
 from mooncake_connector.kv_transfer.transport.rdma import RdmaDevices, RdmaRails, RdmaTarget, unavailable
-from mooncake_connector.kv_transfer.transport.rdma.initiator import Ask
 from mooncake_connector.kv_transfer.transport.rdma.nic import RdmaNic
-from mooncake_connector.kv_transfer.transport.rdma.target import Serve
 
 logger = logging.getLogger(__name__)
 

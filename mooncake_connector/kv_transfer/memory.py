@@ -24,6 +24,10 @@ class Region(msgspec.Struct, frozen=True):
     length: int
     location: str = "cpu:0"
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.location.startswith("cuda:")
+
 
 class Ranges(msgspec.Struct, frozen=True, eq=False):
     """Sorted, disjoint byte ranges of one process's memory.

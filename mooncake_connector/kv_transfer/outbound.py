@@ -83,6 +83,9 @@ class Outbound:
         self._gathered: dict[int, Transfer] = {}
         self._questions: list[Callable[[float], None]] = []
         self._up = False
+        # cuda_ipc needs a moment more than streams, over which the first gigabytes would crawl meanwhile.
+        self._awaited = "cuda_ipc" if "cuda_ipc" in paths else ""
+        self._held: list[Callable[[float], None]] = []
         self._down: str | None = None
         self._sent: dict[str, int] = {}
 
@@ -191,9 +194,13 @@ class Outbound:
         if rail.path not in self._ranks:
             return
         penalty = min(max(rail.penalty, 1.0), FARTHEST)
-        spec = RailSpec(rail.name, rail.path, self._ranks[rail.path], rail.speed, penalty)
+        spec = RailSpec(rail.name, rail.path, self._ranks[rail.path], rail.speed, penalty, rail.steady)
 
         def event(now: float) -> None:
+            if self._awaited and rail.path != self._awaited:
+                self._held.append(event)
+                return
+            self._release_held()
             logger.info("%s: rail %s is up", self.name, rail.name)
             self._rails[rail.name] = rail
             if isinstance(rail, SyncRail):
@@ -209,6 +216,8 @@ class Outbound:
 
     def rail_down(self, name: str, reason: str) -> None:
         def event(now: float) -> None:
+            if self._awaited and name.startswith(self._awaited):
+                self._release_held()
             logger.warning("%s: rail %s is down: %s", self.name, name, reason)
             self._rails.pop(name, None)
             self._sync_rails.pop(name, None)
@@ -242,6 +251,12 @@ class Outbound:
                 self._turn.release()
             if due is not None and due != before:
                 self._wake(due)
+
+    def _release_held(self) -> None:
+        """The awaited rail is up, or won't be: the others may be used."""
+        self._awaited = ""
+        self._events.extend(self._held)
+        self._held.clear()
 
     def _ticked(self, now: float) -> None:
         self._tick_waits = False

@@ -101,7 +101,7 @@ class Pulls:
             if reader is None:
                 reader = f"{peer.name}/read-{next(self._names)}-{secrets.token_hex(4)}"
                 self._linked[peer.name] = reader
-                endpoint = inbound.admit(reader, one_sided="rdma" in engine.paths)
+                endpoint = inbound.admit(reader, paths=engine.paths)
         for piece in pieces:
             key = secrets.randbits(62)
             inbound.grant(key, reader, Ranges.of(piece.dst, piece.length))

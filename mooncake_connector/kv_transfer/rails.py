@@ -30,6 +30,8 @@ class RailSpec(msgspec.Struct, frozen=True):
         speed: bytes/s that the hardware claims; 0 takes a default by path.
         penalty: at least 1; a rail of penalty 2 beside one of penalty 1 gets half of what its speed would
             earn it (NUMA tier).
+        steady: its speed is as claimed and it can't hang; its writes may wait for the GPU, so their times
+            tell nothing. It takes large slices.
     """
 
     name: str
@@ -37,6 +39,7 @@ class RailSpec(msgspec.Struct, frozen=True):
     rank: int
     speed: float = 0.0
     penalty: float = 1.0
+    steady: bool = False
 
 
 class RailPolicy(msgspec.Struct, frozen=True):
@@ -85,12 +88,13 @@ class RailState:
             the lower priorities.
         weight: its penalty relative to the best rail that can be chosen instead.
         slice_bytes: the right size of a slice here.
+        max_ranges: of one slice.
     """
 
     __slots__ = (
         "_abandoned", "_busy_until", "_count", "_landed", "_measured", "_policy", "_progress", "_since",
         "_slicing", "_up_since", "_wake", "background", "bandwidth", "failures", "health", "in_flight",
-        "reason", "slice_bytes", "slices", "spec", "weight",
+        "max_ranges", "reason", "slice_bytes", "slices", "spec", "weight",
     )  # fmt: skip
 
     def __init__(self, spec: RailSpec, policy: RailPolicy, slicing: SlicePolicy) -> None:
@@ -107,7 +111,7 @@ class RailState:
         self._busy_until = self._since = self._progress = self._up_since = self._wake = 0.0
         self._landed = self._count = 0
         self._abandoned = False
-        self.slice_bytes = slicing.slice_bytes(self.bandwidth, False)
+        self._size(spec)
 
     # load and speed
 
@@ -125,7 +129,7 @@ class RailState:
         self.in_flight -= nbytes
         self.slices -= 1
         self.background -= background
-        if not landed:
+        if not landed or self.spec.steady:
             return
         self._progress = now
         self._landed += nbytes
@@ -159,7 +163,8 @@ class RailState:
         if self.weight > 1:
             return now >= self.rested() and self.slices < policy.max_slices
         # What the hardware claims is no reason to hand a rail more than it may carry in seconds.
-        window = self.bandwidth * policy.window_s if self._measured else self.slice_bytes
+        known = self._measured or self.spec.steady
+        window = self.bandwidth * policy.window_s if known else self.slice_bytes
         return self.slices < 2 or (self.in_flight < window and self.slices < policy.max_slices)
 
     # health
@@ -219,13 +224,19 @@ class RailState:
             self.spec = spec
             if not self._measured:
                 self.bandwidth = _claimed(spec)
-                self.slice_bytes = self._slicing.slice_bytes(self.bandwidth, False)
+                self._size(spec)
+
+    def _size(self, spec: RailSpec) -> None:
+        """Slices before anything was measured."""
+        slicing = self._slicing
+        self.max_ranges = slicing.steady_ranges if spec.steady else slicing.max_ranges
+        self.slice_bytes = slicing.steady_bytes if spec.steady else slicing.slice_bytes(self.bandwidth, False)
 
     def due(self) -> float:
         """When this rail has to be looked at if nothing happens to it before; `inf` for never."""
         if self.health is Health.COOLING or (self.health is Health.SUSPECT and not self._abandoned):
             return self._wake
-        if self.usable and self.slices:
+        if self.usable and self.slices and not self.spec.steady:
             predicted = self._policy.stall_factor * self.in_flight / self.bandwidth
             return self._progress + max(self._policy.stall_s, predicted)
         return inf

@@ -20,6 +20,8 @@ class SlicePolicy(msgspec.Struct, frozen=True):
         slice_time_s: what a rail carries in this time is a slice [s]: so long may foreground wait for a
             slice of background, and so much is lost with a slice.
         max_ranges: of one slice.
+        steady_bytes: of a slice on a rail that takes a plan as a whole (`RailSpec.steady`).
+        steady_ranges: likewise.
         max_failovers: how often the same bytes may move on to another rail before their transfer fails.
         no_rail_s: how long transfers wait while no rail can be used [s].
     """
@@ -29,6 +31,8 @@ class SlicePolicy(msgspec.Struct, frozen=True):
     stripe_bytes: int = 1 << 20
     slice_time_s: float = 1e-3
     max_ranges: int = 4096
+    steady_bytes: int = 256 << 20
+    steady_ranges: int = 65536
     max_failovers: int = 3
     no_rail_s: float = 10.0
 

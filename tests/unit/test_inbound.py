@@ -16,7 +16,9 @@ PATIENCE = 1.0
 
 
 class Hardware:
-    """What `Inbound` asks of one-sided rails."""
+    """What `Inbound` asks of one-sided rails; like rdma it knows no grants."""
+
+    path = "rdma"
 
     def __init__(self) -> None:
         self.fenced: list[str] = []
@@ -24,8 +26,16 @@ class Hardware:
 
     def admit(self, peer: str, token: bytes) -> None: ...
 
-    def fence_peer(self, peer: str) -> None:
+    def grant(self, key: int, peer: str) -> None: ...
+
+    def revoke(self, key: int, peer: str) -> None: ...
+
+    def fence(self, key: int, peer: str, on_fenced: Callable[[], None]) -> bool:
+        return False
+
+    def fence_peer(self, peer: str, on_fenced: Callable[[], None]) -> None:
         self.fenced.append(peer)
+        on_fenced()
 
     def await_marks(self, peer: str, marks: Sequence[Mark], on_seen: Callable[[], None]) -> None:
         self.awaited.append((peer, tuple(marks), on_seen))
@@ -41,7 +51,7 @@ class World:
         self.receiver = Receiver()
         self.inbound = Inbound(
             self.receiver,
-            self.hardware,
+            [self.hardware],
             wake=lambda due: None,
             on_link_broken=lambda peer, why: self.broken.append(peer),
         )
@@ -58,7 +68,7 @@ def world() -> Iterator[World]:
 
 
 def test_streams_are_fenced_at_once(world: World) -> None:
-    world.inbound.admit("p", one_sided=False)
+    world.inbound.admit("p", paths=("tcp",))
     world.inbound.grant(1, "p", ANY)
     world.fence(1)
     assert world.fenced == [1]
@@ -66,7 +76,7 @@ def test_streams_are_fenced_at_once(world: World) -> None:
 
 
 def test_an_initiator_that_says_it_stopped_keeps_its_link(world: World) -> None:
-    world.inbound.admit("p", one_sided=True)
+    world.inbound.admit("p", paths=("rdma", "tcp"))
     world.inbound.grant(1, "p", ANY)
     world.fence(1)
     assert world.fenced == []
@@ -77,8 +87,8 @@ def test_an_initiator_that_says_it_stopped_keeps_its_link(world: World) -> None:
 
 
 def test_a_silent_initiator_loses_its_link_and_can_make_no_rail(world: World) -> None:
-    world.inbound.admit("p", one_sided=True)
-    world.inbound.admit("other", one_sided=True)
+    world.inbound.admit("p", paths=("rdma", "tcp"))
+    world.inbound.admit("other", paths=("rdma", "tcp"))
     for key, peer in ((1, "p"), (2, "p"), (3, "other")):
         world.inbound.grant(key, peer, ANY)
     world.fence(1)
@@ -100,11 +110,11 @@ def test_a_silent_initiator_loses_its_link_and_can_make_no_rail(world: World) ->
 
 @pytest.mark.parametrize("how", ["drop", "link_down", "admit"])
 def test_the_end_of_a_link_is_a_fence(world: World, how: str) -> None:
-    world.inbound.admit("p", one_sided=True)
+    world.inbound.admit("p", paths=("rdma", "tcp"))
     world.inbound.grant(1, "p", ANY)
     world.fence(1)
     if how == "admit":
-        world.inbound.admit("p", one_sided=True)
+        world.inbound.admit("p", paths=("rdma", "tcp"))
     else:
         getattr(world.inbound, how)("p")
     assert world.hardware.fenced == ["p"]

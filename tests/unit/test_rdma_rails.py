@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from mooncake_connector.kv_transfer.plan import CopyPlan
+from mooncake_connector.kv_transfer.transport import insist
 from mooncake_connector.kv_transfer.transport.base import Failure, Mark, Rail
 from mooncake_connector.kv_transfer.transport.rdma import cards, initiator
 from mooncake_connector.kv_transfer.transport.rdma.initiator import RdmaRails
@@ -65,7 +66,8 @@ class World:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(initiator, "RdmaRail", FakeRail)
-        monkeypatch.setattr(initiator, "_later", self._later)
+        monkeypatch.setattr(initiator, "later", self._later)
+        monkeypatch.setattr(insist, "later", self._later)
         self.nic = FakeNic("a")
         self.log: list[str] = []
         self.rail: Any = None

@@ -1,9 +1,9 @@
-"""What a transport is: the contract that tcp, process_vm and rdma (later cuda_ipc) fulfil.
+"""What a transport is: the contract that tcp, process_vm, rdma and cuda_ipc fulfil.
 
 Roles. The *initiator* (prefill) owns the source and decides when bytes move. The *target* (decode) owns the
 memory they land in and may take back its permission at any time. Between two processes there is one `Link`
 from initiator to target, opened at the handshake; it also is the sign of life: when either process dies both
-sides learn it at once. A link consists of *rails*: one TCP connection, or one pair of NICs.
+sides learn it at once. A link consists of *rails*: one TCP connection, one pair of NICs, one GPU's stream.
 
 Two rules that every transport obeys:
 
@@ -80,6 +80,18 @@ class Mark(msgspec.Struct, frozen=True, array_like=True):
     count: int
 
 
+class Ask(Protocol):
+    """`Link.ask`."""
+
+    def __call__(self, topic: str, body: bytes, on_answer: Callable[[bytes | Failure], None]) -> None: ...
+
+
+class Serve(Protocol):
+    """`Target.serve`."""
+
+    def __call__(self, topic: str, handler: Callable[[str, bytes], bytes]) -> None: ...
+
+
 class Rail(Protocol):
     """One way from an initiator to a target. Thread-safe; `write` only enqueues.
 
@@ -88,12 +100,15 @@ class Rail(Protocol):
         path: the transport.
         speed: bytes/s that the hardware claims; 0 if it claims nothing.
         penalty: 1 for the rail next to the memory, more for farther ones (NUMA tier).
+        steady: `speed` is what it carries and it can't hang; how long writes take tells nothing of it, as
+            they may wait for the GPU first (`CopyPlan.after`).
     """
 
     name: str
     path: str
     speed: float
     penalty: float
+    steady: bool
 
     def write(self, key: int, plan: CopyPlan, on_done: Callable[[Failure | None], None]) -> None:
         """Move `plan`'s bytes into the target's memory under grant `key`.

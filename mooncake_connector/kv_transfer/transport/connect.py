@@ -3,16 +3,18 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from mooncake_connector.kv_transfer.transport.base import Endpoint, Failure, Link, LinkEvents, Mark, Rail
+from mooncake_connector.kv_transfer.transport.base import (
+    Ask,
+    Endpoint,
+    Failure,
+    Link,
+    LinkEvents,
+    Mark,
+    Rail,
+)
 from mooncake_connector.kv_transfer.transport.link import StreamLink
 from mooncake_connector.kv_transfer.transport.staging import Staging
 from mooncake_connector.kv_transfer.transport.stream import PATHS as STREAM_PATHS
-
-
-class Ask(Protocol):
-    """`Link.ask`."""
-
-    def __call__(self, topic: str, body: bytes, on_answer: Callable[[bytes | Failure], None]) -> None: ...
 
 
 class OneSided(Protocol):
@@ -31,6 +33,10 @@ class OneSided(Protocol):
     def close(self) -> None: ...
 
 
+MakeRails = Callable[[str, bytes, Ask, LinkEvents], OneSided]
+"""Makes rails, given the link's name, its token, `Link.ask` and the events."""
+
+
 class WholeLink:
     """A `Link` of streams and one-sided rails. The streams carry the questions; their end is the link's."""
 
@@ -43,11 +49,11 @@ class WholeLink:
         connections: int,
         checksum: bool,
         events: LinkEvents,
-        one_sided: Callable[[str, bytes, Ask, LinkEvents], OneSided],
+        one_sided: Sequence[MakeRails],
         staging: Staging | None = None,
     ) -> None:
         self._events = events
-        self._rails = one_sided(name, endpoint.token, self.ask, events)
+        self._rails = [make(name, endpoint.token, self.ask, events) for make in one_sided]
         self._streams = StreamLink(
             endpoint,
             name=name,
@@ -57,22 +63,24 @@ class WholeLink:
             checksum=checksum,
             staging=staging,
         )
-        self._rails.open()
+        for rails in self._rails:
+            rails.open()
 
     def restore(self, rail: str) -> None:
-        (self._rails if self._rails.owns(rail) else self._streams).restore(rail)
+        self._owner(rail).restore(rail)
 
     def abandon(self, rail: str, reason: str) -> None:
-        (self._rails if self._rails.owns(rail) else self._streams).abandon(rail, reason)
+        self._owner(rail).abandon(rail, reason)
 
     def marks(self) -> tuple[Mark, ...]:
-        return self._rails.marks()
+        return tuple(mark for rails in self._rails for mark in rails.marks())
 
     def ask(self, topic: str, body: bytes, on_answer: Callable[[bytes | Failure], None]) -> None:
         self._streams.ask(topic, body, on_answer)
 
     def close(self) -> None:
-        self._rails.close()
+        for rails in self._rails:
+            rails.close()
         self._streams.close()
 
     def rail_up(self, rail: Rail) -> None:
@@ -85,8 +93,12 @@ class WholeLink:
         self._events.rail_fenced(name)
 
     def link_down(self, reason: str) -> None:
-        self._rails.close()
+        for rails in self._rails:
+            rails.close()
         self._events.link_down(reason)
+
+    def _owner(self, rail: str) -> OneSided | StreamLink:
+        return next((rails for rails in self._rails if rails.owns(rail)), self._streams)
 
 
 def open_link(
@@ -97,7 +109,7 @@ def open_link(
     connections: int,
     checksum: bool,
     events: LinkEvents,
-    one_sided: Callable[[str, bytes, Ask, LinkEvents], OneSided] | None = None,
+    one_sided: Sequence[MakeRails] = (),
     staging: Staging | None = None,
 ) -> Link:
     """Open a link to a target: returns at once, connects in the background.
@@ -109,11 +121,11 @@ def open_link(
         connections: TCP connections, each served by a thread at the target.
         checksum: have the target verify what comes by streams.
         events: told what becomes of the rails.
-        one_sided: makes further rails, given the link's name, its token, `Link.ask` and `events`.
+        one_sided: make further rails.
         staging: knows the memory of GPUs; None: there is none.
     """
     streams = tuple(path for path in STREAM_PATHS if path in paths)
-    if one_sided is None:
+    if not one_sided:
         return StreamLink(
             endpoint,
             name=name,

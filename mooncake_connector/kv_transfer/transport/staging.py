@@ -52,6 +52,9 @@ class Staging:
 
     Args:
         device: of the GPUs; `transport.cuda.driver` if None.
+
+    Attributes:
+        active: there is GPU memory.
     """
 
     def __init__(self, device: Device | None = None) -> None:
@@ -59,25 +62,21 @@ class Staging:
         self._lock = threading.Lock()
         self._regions: list[Region] = []
         self._ranges = _ranges([])
+        self.active = False
 
     def add(self, region: Region) -> None:
         """Stage what lies in a region, if that is a GPU's."""
         if region.location.startswith("cuda"):
             with self._lock:
                 self._regions.append(region)
-                self._ranges = _ranges(self._regions)
+                self._look()
 
     def remove(self, region: Region) -> None:
         """Undo one `add`."""
         with self._lock:
             if region in self._regions:
                 self._regions.remove(region)
-                self._ranges = _ranges(self._regions)
-
-    @property
-    def active(self) -> bool:
-        """Whether there is any GPU memory."""
-        return bool(self._regions)
+                self._look()
 
     def covers(self, address: U64Array) -> bool:
         """Whether any of these addresses (uint64 [n]) is in GPU memory."""
@@ -86,6 +85,10 @@ class Staging:
             return False
         at = np.searchsorted(ranges.start, address, side="right")
         return bool(((at > 0) & (address < ranges.end[at - 1])).any())
+
+    def _look(self) -> None:
+        self._ranges = _ranges(self._regions)
+        self.active = bool(self._regions)
 
 
 def _ranges(regions: list[Region]) -> Ranges:

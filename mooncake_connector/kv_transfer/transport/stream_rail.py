@@ -21,6 +21,7 @@ class StreamRail:
 
     speed = 0.0
     penalty = 1.0
+    steady = False
 
     def __init__(self, stream: "Stream", path: str) -> None:
         self.name, self.path = f"{path}-{stream.index}", path

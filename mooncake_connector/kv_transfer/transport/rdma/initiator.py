@@ -7,21 +7,18 @@ import threading
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 
 from mooncake_connector.errors import TransportError
 from mooncake_connector.kv_transfer.plan import CopyPlan
-from mooncake_connector.kv_transfer.transport.base import Failure, LinkEvents, Mark
+from mooncake_connector.kv_transfer.transport.base import Ask, Failure, LinkEvents, Mark
+from mooncake_connector.kv_transfer.transport.insist import insist, later
 from mooncake_connector.kv_transfer.transport.rdma import cards
 from mooncake_connector.kv_transfer.transport.rdma.cards import NicCard
 from mooncake_connector.kv_transfer.transport.rdma.nic import RdmaNic
 from mooncake_connector.kv_transfer.transport.rdma.rail import RdmaRail
 from mooncake_connector.kv_transfer.transport.rdma.wr import Keys
-
-LONGEST_WAIT_S = 2.0
-"""Between two tries of a question whose stream broke; the link's last stream ends them all."""
 
 MEET_WAIT_S, LONELY_WAIT_S = 2.0, 30.0
 """Before the target is asked for its NICs again: when some have changed, as those of the other side may be
@@ -31,12 +28,6 @@ _NOTHING = np.zeros(0, np.uint64)
 _PROBE = CopyPlan(_NOTHING, _NOTHING, _NOTHING)
 
 log = logging.getLogger(__name__)
-
-
-class Ask(Protocol):
-    """`Link.ask`."""
-
-    def __call__(self, topic: str, body: bytes, on_answer: Callable[[bytes | Failure], None]) -> None: ...
 
 
 class _State(Enum):
@@ -130,7 +121,7 @@ class RdmaRails:
                 self.restore(slot.name)
             self._weigh(slot)
         if more:
-            _later(wait, self._meet)
+            later(wait, self._meet)
 
     def owns(self, rail: str) -> bool:
         """Whether it is one of ours."""
@@ -217,7 +208,7 @@ class RdmaRails:
             self._slots = {**self._slots, **new}
         if not there and not known:
             log.info("%s: no rdma yet: the target has no NIC for it", self._name)
-            _later(LONELY_WAIT_S, self._meet)
+            later(LONELY_WAIT_S, self._meet)
         for slot in known:
             self._weigh(slot)
         for name in new:
@@ -276,7 +267,7 @@ class RdmaRails:
         except TransportError as failed:
             rail.fail(str(failed))
             if isinstance(answer, Failure) and not answer.retry:
-                _later(MEET_WAIT_S, self._meet)  # maybe the target has other NICs now
+                later(MEET_WAIT_S, self._meet)  # maybe the target has other NICs now
             return
         # A write of no bytes shows whether the two NICs reach each other, before anything depends on it.
         rail.write(0, _PROBE, lambda failure: self._probed(slot, rail, failure))
@@ -340,18 +331,8 @@ class RdmaRails:
 
         self._insist(cards.FENCE, cards.encode(cards.Fence(self._token, number)), answered)
 
-    def _insist(
-        self, topic: str, body: bytes, on_answer: Callable[[bytes | Failure], None], wait: float = 0.02
-    ) -> None:
-        """Ask, and ask again for as long as it is only the streams that fail; `wait` before that [s]."""
-
-        def answered(answer: bytes | Failure) -> None:
-            if not isinstance(answer, Failure) or not answer.retry or self._closed:
-                on_answer(answer)
-                return
-            _later(wait, lambda: self._insist(topic, body, on_answer, min(2 * wait, LONGEST_WAIT_S)))
-
-        self._ask(topic, body, answered)
+    def _insist(self, topic: str, body: bytes, on_answer: Callable[[bytes | Failure], None]) -> None:
+        insist(self._ask, topic, body, on_answer, lambda: self._closed)
 
 
 def pairs(here: Sequence[RdmaNic], there: Sequence[NicCard]) -> list[tuple[RdmaNic, NicCard]]:
@@ -366,12 +347,3 @@ def _unless_failed(answer: bytes | Failure) -> bytes:
     if isinstance(answer, Failure):
         raise TransportError(answer.reason)
     return answer
-
-
-def _later(seconds: float, call: Callable[[], None]) -> None:
-    if not seconds:
-        call()
-        return
-    timer = threading.Timer(seconds, call)
-    timer.daemon = True
-    timer.start()

@@ -74,6 +74,7 @@ class RdmaRail:
     """
 
     path = "rdma"
+    steady = False
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mooncake_connector.errors import TransportError
 from mooncake_connector.kv_transfer.memory import Region
+from mooncake_connector.kv_transfer.transport.cuda import driver
 from mooncake_connector.kv_transfer.transport.rdma import verbs
 
 log = logging.getLogger(__name__)
@@ -88,42 +89,16 @@ def makers(pd: Any, region: Region) -> dict[Way, Maker]:
 @contextlib.contextmanager
 def _exported(region: Region) -> Iterator[tuple[int, int]]:
     """A dma-buf of the pages that hold GPU memory, and the region's offset in it."""
-    from cuda.bindings import driver
-
     start = region.address & -mmap.PAGESIZE
     end = -(-(region.address + region.length) // mmap.PAGESIZE) * mmap.PAGESIZE
-    kind = driver.CUmemRangeHandleType.CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD
-    with _current_context(driver, region.address):
-        fd = int(_got(driver.cuMemGetHandleForAddressRange(start, end - start, kind, 0)))
+    # The driver exports in threads with a context only, and NICs that come later find a thread without.
+    with driver.context_at(region.address):
+        kind = driver.bindings().CUmemRangeHandleType.CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD
+        fd = int(driver.call("cuMemGetHandleForAddressRange", start, end - start, kind, 0))
     try:
         yield fd, region.address - start
     finally:
         os.close(fd)  # the NIC's registration keeps the buffer
-
-
-@contextlib.contextmanager
-def _current_context(driver: Any, address: int) -> Iterator[None]:
-    """The driver exports in threads with a context only, and NICs that come later find a thread without."""
-    ordinal = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-    device = _got(driver.cuDeviceGet(_got(driver.cuPointerGetAttribute(ordinal, address))))
-    _got(driver.cuCtxPushCurrent(_got(driver.cuDevicePrimaryCtxRetain(device))))
-    try:
-        yield
-    finally:
-        driver.cuCtxPopCurrent()
-        driver.cuDevicePrimaryCtxRelease(device)
-
-
-def _got(result: Any) -> Any:
-    """What a driver call gave.
-
-    Raises:
-        TransportError: An error.
-    """
-    error, *values = result
-    if error.value:
-        raise TransportError(f"the driver exports no dma-buf: {error.name}")
-    return values[0] if values else None
 
 
 _MENDS = {

@@ -5,10 +5,9 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from mooncake_connector.errors import TransportError
-from mooncake_connector.kv_transfer.transport.base import Mark
+from mooncake_connector.kv_transfer.transport.base import Mark, Serve
 from mooncake_connector.kv_transfer.transport.rdma import cards, verbs
 from mooncake_connector.kv_transfer.transport.rdma.nic import RdmaNic
 from mooncake_connector.kv_transfer.transport.rdma.queue_pair import QueuePair
@@ -17,12 +16,6 @@ MAX_RAILS = 1024
 """Per peer."""
 
 log = logging.getLogger(__name__)
-
-
-class Serve(Protocol):
-    """`Target.serve`."""
-
-    def __call__(self, topic: str, handler: Callable[[str, bytes], bytes]) -> None: ...
 
 
 class _Waiter:
@@ -60,6 +53,8 @@ class RdmaTarget:
         penalty: from this process's memory to a NIC, by label; infinite for one that is not to be used.
     """
 
+    path = "rdma"
+
     def __init__(
         self,
         nics: Callable[[], Sequence[RdmaNic]],
@@ -94,7 +89,17 @@ class RdmaTarget:
         with self._lock:
             self._peers[peer] = _Peer(token)
 
-    def fence_peer(self, peer: str) -> None:
+    def grant(self, key: int, peer: str) -> None:
+        """Nothing: hardware knows no grants."""
+
+    def revoke(self, key: int, peer: str) -> None:
+        """Nothing, like `grant`."""
+
+    def fence(self, key: int, peer: str, on_fenced: Callable[[], None]) -> bool:
+        """False: only a whole link can be fenced."""
+        return False
+
+    def fence_peer(self, peer: str, on_fenced: Callable[[], None] = lambda: None) -> None:
         """Destroy all rails of a peer: when this returns nothing lands, until it is admitted again."""
         with self._lock:
             gone = self._peers.pop(peer, None)
@@ -105,6 +110,7 @@ class RdmaTarget:
             )
         for on_seen in seen:
             on_seen()
+        on_fenced()
 
     def await_marks(self, peer: str, marks: Sequence[Mark], on_seen: Callable[[], None]) -> None:
         """Call back, from any thread, once so many of each rail's writes have been seen to land.
