@@ -36,7 +36,7 @@ class Mismatch(MooncakeError):
 
 def eligible(request: ClientRequest) -> bool:
     """Whether prefill's first token can be the client's; else decode sends its own."""
-    if not request.stream or any(request.get(name) for name in _NEEDS_DECODE):
+    if not request.stream or any(_wished(request.get(name)) for name in _NEEDS_DECODE):
         return False
     if any(request.get(name) not in (None, 1) for name in ("n", "best_of", "stream_interval")):
         return False
@@ -45,6 +45,11 @@ def eligible(request: ClientRequest) -> bool:
     # Several prompts have several first tokens.
     prompt = bytes(request.fields.get("prompt", b'"')).lstrip()
     return request.path == CHAT or prompt[:1] == b'"' or prompt[1:].lstrip()[:1].isdigit()
+
+
+def _wished(value: object) -> bool:
+    # Zero is a wish, too: a completion's `logprobs` 0 asks for those of the sampled tokens.
+    return value is not None and value is not False and value not in ("", [])
 
 
 class Early(msgspec.Struct, frozen=True):

@@ -59,7 +59,7 @@ class FakeEngine:
         self.failures: list[int | str] = []
         self.released: list[str] = []
         self.delay = 0.0
-        self.gap = 0.0
+        self.gap = self.first_gap = 0.0
         self.stream = events()
         self.break_after: int | None = None
         self.answer = (
@@ -141,6 +141,9 @@ class FakeEngine:
             assert body["max_tokens"] == 1
             self.released.append(released)
             return web.json_response({"choices": []})
+        if (body.get("kv_transfer_params") or {}).get("timeline"):
+            assert body["max_tokens"] == 1
+            return web.json_response({"choices": [], "kv_transfer_params": {"timeline": {"received": 1.5}}})
         call = Call(request.path, body, raw, request.headers.copy(), time.monotonic())
         self.calls.append(call)
         try:
@@ -168,7 +171,7 @@ class FakeEngine:
                 "code": failure,
             }
             return web.json_response({"error": error}, status=failure)
-        if call.params.get("do_remote_decode"):
+        if call.params.get("do_remote_decode") and not call.body.get("stream"):
             handed = {
                 "transfer_id": call.params["transfer_id"],
                 "remote_engine_id": self.engine_id,
@@ -182,6 +185,7 @@ class FakeEngine:
         if failure == "event":
             await response.write(b'data: {"error": {"message": "load failed", "code": 500}}\n\n')
             return response
+        await asyncio.sleep(self.first_gap)
         for at, chunk in enumerate(self.stream):
             if at == self.break_after:
                 with contextlib.suppress(Exception):
