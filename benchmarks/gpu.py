@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --host        # the same code with host memory, where there is no GPU
 
 Each subject has a pair of processes of its own (initiator on the first GPU, target on the second) and 60 s
-for all that it measures. All start at once, and one at a time measures; ``peer_copy`` takes turns in between.
+for all that it measures. All start at once, then one at a time measures; ``peer_copy`` again and again.
 One that can't run, or fails, is reported with the reason and stops nobody else. `gpu_pair.py` says what is
 measured and how.
 
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -61,7 +61,7 @@ WAYS = ("kernel", "copy_engine")
 PAGE = 32 * KIB
 """Of one layer of one token block of Llama-3-8B in bf16, keys or values."""
 SUBJECT_S = 60.0
-PREPARE_S = 100.0
+PREPARE_S = 75.0
 
 GPU_SUBJECTS = ("peer_copy", "cuda_ipc", "nixl", "mooncake-nvlink", "tcp", "pinned_copy", "socket")
 HOST_SUBJECTS = ("memcpy", "process_vm", "nixl-host", "mooncake-tcp", "tcp", "socket")
@@ -231,34 +231,35 @@ def run(
         limit_s: seconds for everything.
     """
     deadline = time.monotonic() + limit_s
-    left = defaultdict(int)
-    for task in tasks:
-        left[task.subject] += 1
+    left = Counter(task.subject for task in tasks)
     processes = {subject: start(subject) for subject in left}
     spent: dict[str, float] = defaultdict(float)
     broken: dict[str, str] = {}
-    ready: set[str] = set()
     try:
+        # What gets ready would disturb what is measured.
+        prepared = min(deadline, time.monotonic() + PREPARE_S)
+        for name, process in processes.items():
+            try:
+                process.answer(prepared - time.monotonic())
+            except Failed as failed:
+                broken[name] = str(failed)
+                process.close()
         for task in tasks:
             name = task.subject
             began = time.monotonic()
-            left[name] -= 1
-            if name not in broken:
+            outcome: Outcome = broken.get(name, "")
+            if not outcome:
+                limit = min(SUBJECT_S - spent[name], deadline - began)
                 try:
-                    if name not in ready:
-                        processes[name].answer(min(PREPARE_S, deadline - began))
-                        ready.add(name)
-                        began = time.monotonic()
-                    limit = min(SUBJECT_S - spent[name], deadline - began)
-                    record(task, processes[name].measure(asdict(task), limit))
+                    outcome = processes[name].measure(asdict(task), limit)
                 except Failed as failed:
-                    record(task, str(failed))
-                    if failed.fatal or name not in ready:
-                        broken[name] = str(failed)
+                    outcome = str(failed)
+                    if failed.fatal:
+                        broken[name] = outcome
                         processes[name].close()
-            else:
-                record(task, broken[name])
+            record(task, outcome)
             spent[name] += time.monotonic() - began
+            left[name] -= 1
             if not left[name]:
                 processes[name].close()
     finally:
@@ -276,7 +277,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, nargs=2, default=(0, 1), metavar=("FROM", "TO"))
     parser.add_argument("--mib", type=int, help="memory on each side; 1024, with --quick or --host 256")
     parser.add_argument("--only", nargs="+", metavar="SUBJECT", choices=[*GPU_SUBJECTS, *HOST_SUBJECTS])
-    parser.add_argument("--limit", type=float, default=150.0, metavar="S", help="seconds for everything")
+    parser.add_argument("--limit", type=float, default=120.0, metavar="S", help="seconds for everything")
     parser.add_argument("--logs", type=Path, metavar="FILE", help="keep what all processes printed")
     parser.add_argument("--commit", help="of this project, where there is no repository")
     parser.add_argument(

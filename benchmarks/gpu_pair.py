@@ -105,16 +105,24 @@ class Far:
         context = multiprocessing.get_context("spawn")
         context.Process(target=far_end, args=(subject, kind, device, nbytes, far), daemon=True).start()
         far.close()
+        self._pipe.send(("prepare",))
 
-    def ask(self, *question: object, limit: float = ANSWER_S) -> Any:
+    def ready(self) -> None:
+        """Wait until it is; raises as `ask`."""
+        self._answer("prepare", PREPARE_S)
+
+    def ask(self, *question: object) -> Any:
         """Raises RuntimeError if it fails, and TimeoutError if it doesn't answer."""
         self._pipe.send(question)
+        return self._answer(question[0], ANSWER_S)
+
+    def _answer(self, question: object, limit: float) -> Any:
         if not self._pipe.poll(limit):
-            raise TimeoutError(f"the target does not answer {question[0]!r} within {limit:.0f} s")
+            raise TimeoutError(f"the target does not answer {question!r} within {limit:.0f} s")
         try:
             answer, failed = self._pipe.recv()
         except EOFError:
-            raise RuntimeError(f"the target died of {question[0]!r}") from None
+            raise RuntimeError(f"the target died of {question!r}") from None
         if failed:
             raise RuntimeError(f"target: {failed}")
         return answer
@@ -157,7 +165,7 @@ class Pair:
         self._memory = memory_of_kind(kind, nbytes, devices[0])
         self._memory.fill()
         self._side = PAIRS[subject]()
-        self._far.ask("prepare", limit=PREPARE_S)
+        self._far.ready()
         self._settings: dict[str, Any] | None = None
 
     def start(self, task: Task, move: Move) -> Start:
@@ -267,6 +275,8 @@ def main() -> None:
             say(figures=measure(pair, task, options.nbytes))
         except Exception as failed:
             say(failed=reason(failed))
+            if isinstance(failed, TimeoutError):
+                os._exit(1)  # an answer that comes late would be taken for another one's
     os._exit(0)  # as the other process does when it finds this one gone
 
 

@@ -18,7 +18,8 @@ Memory = HostMemory | CudaMemory
 Start = Callable[[int], Callable[[], None]]
 """Begin a transfer in slot 0 or 1, each of which has one under way at most; what it returns waits for it."""
 
-LIMIT_S = 20.0
+LIMIT_S = 10.0
+"""Seconds that a transfer may take."""
 SOCKETS = 2
 """As many as tcp uses by default."""
 PINNED_BYTES = 256 << 20

@@ -173,7 +173,6 @@ class Fake:
         self._answers, self.closed = list(answers), False
 
     def answer(self, limit_s: float) -> object:
-        assert limit_s > 0
         return self._next()
 
     def measure(self, task: dict, limit_s: float) -> object:
