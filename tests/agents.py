@@ -1,15 +1,21 @@
 """Two workers' halves of the connector with real KV tensors, engines left out: for where those can't run."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.kv_transfer.agent import WorkerAgent
+from mooncake_connector.kv_transfer.clock import LayerClock
 from mooncake_connector.kv_transfer.layout import Group, KVLayout, Plane, WorkerInfo
-from mooncake_connector.kv_transfer.messages import PROTOCOL, LocalReserve, WantBlocks, pack_blocks
-from mooncake_connector.kv_transfer.ports import LoadReport
+from mooncake_connector.kv_transfer.messages import (
+    PROTOCOL,
+    LoadReport,
+    LocalReserve,
+    WantBlocks,
+    pack_blocks,
+)
 from mooncake_connector.kv_transfer.push import Chunk
 
 BLOCK = 16
@@ -21,8 +27,17 @@ PROMPT = b"p" * 16
 class Worker:
     """One worker with KV tensors, bf16 [layer, block, 2, token, head, head size]."""
 
-    def __init__(self, engine_id: str, config: ConnectorConfig, layers: int, blocks: int, heads: int) -> None:
-        self.kv = torch.zeros(layers, blocks, 2, BLOCK, heads, 64, dtype=torch.bfloat16)
+    def __init__(
+        self,
+        engine_id: str,
+        config: ConnectorConfig,
+        layers: int,
+        blocks: int,
+        heads: int,
+        device: str = "cpu",
+        clock: LayerClock | None = None,
+    ) -> None:
+        self.kv = torch.zeros(layers, blocks, 2, BLOCK, heads, 64, dtype=torch.bfloat16, device=device)
         page = self.kv[0, 0].numel() * self.kv.element_size()
         planes = tuple(Plane(i, 0, self.kv[i].data_ptr(), page, page) for i in range(layers))
         self.info = WorkerInfo(
@@ -39,7 +54,37 @@ class Worker:
             rank=0,
             layout=KVLayout(blocks, (Group(BLOCK, 0, "full"),), planes, ("page",) * layers),
         )
-        self.agent = WorkerAgent(self.info, config)
+        self.agent = WorkerAgent(self.info, config, clock)
+
+    def reserve(self, request: str, blocks: Sequence[int], prefill: str) -> None:
+        """This engine's scheduler has allocated blocks, to be filled by the one with that address."""
+        want = WantBlocks(pack_blocks(range(len(blocks))), pack_blocks(blocks))
+        tokens = len(blocks) * BLOCK
+        message = LocalReserve(b"", request, "p", prefill, request, PROMPT, tokens, (want,))
+        self.agent.post(lambda now: self.agent.decode.reserve(message, now))
+
+    def compute(
+        self,
+        step: int,
+        request: str,
+        blocks: Sequence[int],
+        begin: int,
+        end: int,
+        write: Callable[[int, list[int]], None],
+    ) -> None:
+        """Compute blocks ``[begin, end)`` of a prompt in one step: ``write(layer, blocks)``, layer by layer."""
+        agent = self.agent
+        new = list(blocks[begin:end])
+        chunk = Chunk(request, request, PROMPT, begin * BLOCK, end * BLOCK, (new,), begin == 0, True)
+        agent.clock.step_begins(step)
+        agent.step(step, [chunk], [], [])
+        for layer in range(self.kv.shape[0]):
+            write(layer, new)
+            agent.clock.layer_written(layer, step)
+            agent.clock.mark(step)
+            agent.wake()
+        agent.clock.step_ended(step)
+        agent.wake()
 
     def sent(self) -> dict[str, int]:
         """Bytes that went over each rail."""
@@ -60,28 +105,18 @@ class Pair:
 
     def reserve(self, request: str, blocks: Sequence[int]) -> None:
         """Decode's scheduler has allocated these blocks."""
-        want = WantBlocks(pack_blocks(range(len(blocks))), pack_blocks(blocks))
-        tokens = len(blocks) * BLOCK
-        message = LocalReserve(
-            b"", request, "p", self.prefill.agent.address, request, PROMPT, tokens, (want,)
-        )
-        self.decode.agent.post(lambda now: self.decode.agent.decode.reserve(message, now))
+        self.decode.reserve(request, blocks, self.prefill.agent.address)
 
     def compute(self, request: str, blocks: Sequence[int], begin: int, end: int, seed: int) -> None:
         """Prefill computes blocks ``[begin, end)`` of a prompt in one step, layer by layer."""
-        agent, kv = self.prefill.agent, self.prefill.kv
-        step, self._step = self._step, self._step + 1
-        new = [list(blocks[begin:end])]
-        chunk = Chunk(request, request, PROMPT, begin * BLOCK, end * BLOCK, tuple(new), begin == 0, True)
-        agent.step(step, [chunk], [], [])
-        random = torch.Generator().manual_seed(seed)
-        for layer in range(kv.shape[0]):
-            for block in new[0]:
+        kv, random = self.prefill.kv, torch.Generator().manual_seed(seed)
+
+        def write(layer: int, new: list[int]) -> None:
+            for block in new:
                 kv[layer, block] = torch.randn(kv[layer, block].shape, generator=random)
-            agent.clock.layer_written(layer, step)
-            agent.wake()
-        agent.clock.step_ended(step)
-        agent.wake()
+
+        step, self._step = self._step, self._step + 1
+        self.prefill.compute(step, request, blocks, begin, end, write)
 
     def finish(self, request: str) -> None:
         """Prefill's scheduler is done with the request; its blocks wait for the push."""

@@ -26,6 +26,8 @@ from mooncake_connector.kv_transfer.layout import WorkerInfo
 from mooncake_connector.kv_transfer.memory import Ranges
 from mooncake_connector.kv_transfer.messages import (
     AnyMessage,
+    LoadOver,
+    LoadReport,
     LocalAbort,
     LocalDirectory,
     LocalDrop,
@@ -39,7 +41,6 @@ from mooncake_connector.kv_transfer.messages import (
 from mooncake_connector.kv_transfer.outbound import Outbound
 from mooncake_connector.kv_transfer.paths import choose_paths
 from mooncake_connector.kv_transfer.plan import CopyPlan
-from mooncake_connector.kv_transfer.ports import LoadReport
 from mooncake_connector.kv_transfer.prefill_end import PrefillEnd
 from mooncake_connector.kv_transfer.push import Chunk
 from mooncake_connector.kv_transfer.side_channel import Client, Server
@@ -120,7 +121,6 @@ class _Prefill:
 
     def sent(self, request_id: str) -> None:
         self._agent.sent.put(request_id)
-        self._agent.results_ready.set()
 
 
 class _Decode:
@@ -145,12 +145,18 @@ class _Decode:
         self._agent.remove_client(peer)
         self._agent.engine.inbound.drop(name)
 
-    def choose_paths(self, identity: SourceIdentity, theirs: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    def choose_paths(self, source: SourceIdentity, theirs: Sequence[str]) -> tuple[tuple[str, ...], str]:
         engine = self._agent.engine
-        return choose_paths(engine.config, engine.paths, theirs, readable(identity))
+        return choose_paths(
+            engine.config,
+            engine.paths,
+            theirs,
+            readable(source),
+            elsewhere=source.host_id != identity().host_id,
+        )
 
     def admit(self, name: str, paths: Sequence[str]) -> Endpoint:
-        return self._agent.engine.inbound.admit(name, one_sided="rdma" in paths)
+        return self._agent.engine.inbound.admit(name, paths=paths)
 
     def grant(self, key: int, name: str, ranges: Ranges) -> None:
         self._agent.engine.inbound.grant(key, name, ranges)
@@ -167,8 +173,10 @@ class _Decode:
         agent.engine.inbound.await_marks(name, marks, lambda: agent.post(then))
 
     def report(self, report: LoadReport) -> None:
-        self._agent.reports.put(report)
-        self._agent.results_ready.set()
+        # The scheduler, once told, relies on our next step's output to say the same.
+        if not report.token_only:
+            self._agent.reports.put(report)
+        self._agent.server.send(self._agent.scheduler, LoadOver(report))
 
 
 class WorkerAgent:
@@ -182,7 +190,6 @@ class WorkerAgent:
         address: control address, for peers and for the engine's own scheduler.
         token: proves local messages; hand it to the scheduler only.
         clock: to be told how far the forward passes are.
-        results_ready: set when there is something to take.
         busy: whether anybody waits for pushes (read without a lock by the engine's thread).
 
     Raises:
@@ -194,7 +201,7 @@ class WorkerAgent:
         self.token = secrets.token_bytes(16)
         self.clock = clock or LayerClock(info.layout.num_layers)
         self.busy = False
-        self.results_ready = threading.Event()
+        self.scheduler = b""  # the side channel's name of it
         self.sent: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.reports: queue.SimpleQueue[LoadReport] = queue.SimpleQueue()
         host, port = config.side_channel_host, config.side_channel_port
@@ -339,6 +346,7 @@ class WorkerAgent:
             return
         match message:
             case LocalDirectory():
+                self.scheduler = peer
                 self.prefill.directory(message.addresses)
             case LocalExpect():
                 self.prefill.expect(message.request_id, message.transfer_id, message.prompt_hash, now)

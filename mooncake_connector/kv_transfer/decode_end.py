@@ -17,6 +17,7 @@ from mooncake_connector.kv_transfer.messages import (
     Heartbeat,
     HeartbeatAck,
     Hello,
+    LoadReport,
     LocalRelease,
     LocalReserve,
     Message,
@@ -28,7 +29,7 @@ from mooncake_connector.kv_transfer.messages import (
     Welcome,
     unpack_blocks,
 )
-from mooncake_connector.kv_transfer.ports import DecodePorts, LoadReport
+from mooncake_connector.kv_transfer.ports import DecodePorts
 from mooncake_connector.kv_transfer.session import (
     Outcome,
     ReceiveAction,

@@ -12,6 +12,7 @@ import numpy as np
 
 from mooncake_connector.kv_transfer.layout import BlockIds, WorkerInfo
 from mooncake_connector.kv_transfer.push import Want
+from mooncake_connector.kv_transfer.session import Outcome
 from mooncake_connector.kv_transfer.transport.base import Endpoint, Mark, SourceIdentity
 
 PROTOCOL = 2
@@ -203,6 +204,46 @@ class LocalRelease(Message, frozen=True):
     prompt_hash: bytes
 
 
+# --- a worker -> its engine's own scheduler
+
+
+class LoadReport(msgspec.Struct, frozen=True):
+    """How one load went, for the request's answer, logs and metrics.
+
+    Attributes:
+        path: transport that carried it; empty if none was reached.
+        wait_s: from the reservation to the end.
+        early_bytes: of `nbytes`, landed before the prefill's last chunk ended.
+        failed_blocks: ids of the reserved blocks of the first group, if the load failed.
+        first_token: what prefill sampled, if it was asked for; else -1.
+        token_only: nothing but that was asked for; vLLM knows of no load.
+        reserve_sent, first_write, landed, done: moments, monotonic seconds (`first_write` and `landed` of
+            prefill's host); 0 if it never came to that.
+    """
+
+    request_id: str
+    outcome: Outcome
+    reason: str
+    path: str
+    nbytes: int
+    early_bytes: int
+    wait_s: float
+    push_s: float
+    failed_blocks: tuple[int, ...] = ()
+    first_token: int = -1
+    token_only: bool = False
+    reserve_sent: float = 0.0
+    first_write: float = 0.0
+    landed: float = 0.0
+    done: float = 0.0
+
+
+class LoadOver(Message, frozen=True):
+    """A load has ended here; vLLM's step outputs tell the same, but late."""
+
+    report: LoadReport
+
+
 AnyMessage = (
     Hello
     | Redirect
@@ -224,6 +265,7 @@ AnyMessage = (
     | LocalDrop
     | LocalAbort
     | LocalRelease
+    | LoadOver
 )
 
 encode = msgspec.msgpack.Encoder().encode

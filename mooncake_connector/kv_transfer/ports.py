@@ -3,12 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import msgspec
-
 from mooncake_connector.kv_transfer.memory import Ranges
-from mooncake_connector.kv_transfer.messages import Message, OpenLink
+from mooncake_connector.kv_transfer.messages import LoadReport, Message, OpenLink
 from mooncake_connector.kv_transfer.plan import CopyPlan
-from mooncake_connector.kv_transfer.session import Outcome
 from mooncake_connector.kv_transfer.transport.base import Endpoint, Mark, SourceIdentity
 
 
@@ -39,38 +36,6 @@ class PrefillPorts(Protocol):
         """The finished request's blocks may be freed."""
 
 
-class LoadReport(msgspec.Struct, frozen=True):
-    """How one load went, for the request's answer, logs and metrics.
-
-    Attributes:
-        path: transport that carried it; empty if none was reached.
-        wait_s: from the reservation to the end.
-        early_bytes: of `nbytes`, landed before the prefill's last chunk ended.
-        failed_blocks: ids of the reserved blocks of the first group, if the load failed.
-        first_token: what prefill sampled, if it was asked for; else -1.
-        token_only: nothing but that was asked for; vLLM knows of no load.
-        reserve_sent, first_write, landed, done, taken: moments, monotonic seconds (`first_write` and
-            `landed` of prefill's host); 0 if it never came to that.
-    """
-
-    request_id: str
-    outcome: Outcome
-    reason: str
-    path: str
-    nbytes: int
-    early_bytes: int
-    wait_s: float
-    push_s: float
-    failed_blocks: tuple[int, ...] = ()
-    first_token: int = -1
-    token_only: bool = False
-    reserve_sent: float = 0.0
-    first_write: float = 0.0
-    landed: float = 0.0
-    done: float = 0.0
-    taken: float = 0.0
-
-
 class DecodePorts(Protocol):
     """The effects of `DecodeEnd`. None may block for longer than one bounded copy."""
 
@@ -82,7 +47,7 @@ class DecodePorts(Protocol):
     def hang_up(self, peer: int, name: str) -> None:
         """Close the control channel and the data link named `name`."""
 
-    def choose_paths(self, identity: SourceIdentity, theirs: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    def choose_paths(self, source: SourceIdentity, theirs: Sequence[str]) -> tuple[tuple[str, ...], str]:
         """(transports, the preferred first; why) for reaching us from that process by ways it has."""
 
     def admit(self, name: str, paths: Sequence[str]) -> Endpoint: ...

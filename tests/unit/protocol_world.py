@@ -16,6 +16,7 @@ from mooncake_connector.kv_transfer.layout import Group, KVLayout, Plane, Worker
 from mooncake_connector.kv_transfer.memory import Ranges
 from mooncake_connector.kv_transfer.messages import (
     PROTOCOL,
+    LoadReport,
     LocalRelease,
     LocalReserve,
     Message,
@@ -24,7 +25,6 @@ from mooncake_connector.kv_transfer.messages import (
     pack_blocks,
 )
 from mooncake_connector.kv_transfer.plan import CopyPlan
-from mooncake_connector.kv_transfer.ports import LoadReport
 from mooncake_connector.kv_transfer.prefill_end import PrefillEnd
 from mooncake_connector.kv_transfer.push import Chunk
 from mooncake_connector.kv_transfer.session import Outcome

@@ -98,7 +98,7 @@ class MooncakePushConnector(KVConnectorBase_V1, SupportsHMA):
         return invalid
 
     def build_connector_worker_meta(self) -> Any:
-        return self._w.take_reports()
+        return self._w.for_scheduler()
 
     # ------------------------------------------------------------------ scheduler
 
@@ -123,10 +123,7 @@ class MooncakePushConnector(KVConnectorBase_V1, SupportsHMA):
         return self._s.step_metadata(scheduler_output)
 
     def update_connector_output(self, connector_output: Any) -> None:
-        if (reports := getattr(connector_output, "kv_connector_worker_meta", None)) is not None:
-            self._s.loads_ended(reports.reports)
-        for request_id in connector_output.finished_recving or ():
-            self._s.load_over(request_id)
+        connector_output.finished_recving = self._s.loaded(connector_output.finished_recving or set())
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self._s.request_finished(request, request.status in _COMPLETED)

@@ -8,7 +8,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from mooncake_connector.kv_transfer.layout import WorkerInfo
-from mooncake_connector.kv_transfer.ports import LoadReport
 from mooncake_connector.kv_transfer.push import Chunk
 from mooncake_connector.kv_transfer.vllm.compat import WorkerMetadata
 
@@ -45,10 +44,10 @@ class StepMetadata(KVConnectorMetadata):
 
 
 @dataclass
-class LoadReports(WorkerMetadata):
-    """Workers -> scheduler: loads that ended in this step, of all ranks."""
+class Listen(WorkerMetadata):
+    """Workers -> scheduler, in steps that compute nothing and wait for KV: vLLM drops an empty output, and
+    would not call our scheduler side.
+    """
 
-    reports: list[LoadReport]
-
-    def aggregate(self, other: "LoadReports") -> "LoadReports":
-        return LoadReports(self.reports + other.reports)
+    def aggregate(self, other: "Listen") -> "Listen":
+        return self

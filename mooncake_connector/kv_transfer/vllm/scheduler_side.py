@@ -1,7 +1,7 @@
 """The half of the connector that lives beside vLLM's scheduler: what to load, what to push, what to hold."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import zmq
@@ -10,6 +10,8 @@ from mooncake_connector import __version__
 from mooncake_connector.kv_transfer.layout import Group
 from mooncake_connector.kv_transfer.messages import (
     PROTOCOL,
+    LoadOver,
+    LoadReport,
     LocalAbort,
     LocalDirectory,
     LocalDrop,
@@ -19,12 +21,12 @@ from mooncake_connector.kv_transfer.messages import (
     LocalReserve,
     WantBlocks,
 )
-from mooncake_connector.kv_transfer.ports import LoadReport
 from mooncake_connector.kv_transfer.push import Chunk
 from mooncake_connector.kv_transfer.session import Outcome
 from mooncake_connector.kv_transfer.side_channel import Client, address_of, split_address
 from mooncake_connector.kv_transfer.vllm.compat import preempted_ids, transfer_group_ids
 from mooncake_connector.kv_transfer.vllm.kv_layout import groups_of
+from mooncake_connector.kv_transfer.vllm.loads import Loads
 from mooncake_connector.kv_transfer.vllm.metadata import StepMetadata, WorkerHandshake
 from mooncake_connector.kv_transfer.vllm.requests import (
     Receive,
@@ -34,11 +36,12 @@ from mooncake_connector.kv_transfer.vllm.requests import (
     transfer_id_of,
     wanted_blocks,
 )
-from mooncake_connector.kv_transfer.vllm.timeline import Timelines, add_load, mark
+from mooncake_connector.kv_transfer.vllm.timeline import Timelines, mark, summary
 
 logger = logging.getLogger(__name__)
 
 _NOTHING = WantBlocks(b"", b"")
+IDLE_WAIT_MS = 2
 
 
 class SchedulerSide:
@@ -60,6 +63,7 @@ class SchedulerSide:
         self._groups: tuple[Group, ...] = groups_of(kv_cache_config)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._workers: list[tuple[Client, bytes]] = []
+        self._poller = zmq.Poller()
         self._handshakes: list[WorkerHandshake] = []
         self._step = 0
         self._sends: dict[str, Send] = {}
@@ -68,6 +72,8 @@ class SchedulerSide:
         self._receives: dict[str, Receive] = {}
         self._leaders: dict[TransferKey, str] = {}
         self._reports: dict[str, list[LoadReport]] = {}
+        self._loads = Loads()
+        self._idle = False
         self._forced: set[str] = set()
         self._unanswered: dict[str, Receive] = {}
         self._timelines = Timelines()
@@ -79,6 +85,7 @@ class SchedulerSide:
         for h in self._handshakes:
             client = Client(self._context, h.address, monitor=False)
             self._workers.append((client, h.token))
+            self._poller.register(client.socket, zmq.POLLIN)
             client.send(LocalDirectory(h.token, addresses))
         logger.info("KV side channel at %s", ", ".join(addresses))
 
@@ -168,7 +175,10 @@ class SchedulerSide:
             self._release(receive)
 
     def _reserve(self, request_id: str, receive: Receive, want: tuple[WantBlocks, ...]) -> None:
+        # Steps under way never write to blocks that vLLM gives out: it takes a block back only once the last
+        # step that may write to it is over (Scheduler.defer_block_free).
         num_tokens = receive.num_prompt_tokens - 1
+        self._loads.begin(request_id, len(self._workers), token_only=receive.token_only)
         for client, token in self._workers:
             client.send(
                 LocalReserve(
@@ -193,6 +203,7 @@ class SchedulerSide:
         """What the workers need to know of the step that was just scheduled."""
         self._step += 1
         idle = not output.total_num_scheduled_tokens and any(r.loading for r in self._receives.values())
+        self._idle = idle
         meta = StepMetadata(self._step, idle, ended=self._ended)
         self._ended = []
         self._follow_receives(meta, output)
@@ -252,15 +263,37 @@ class SchedulerSide:
                 meta.first_tokens[request_id] = receive.first_token
         self._forced -= meta.first_tokens.keys()
 
-    def loads_ended(self, reports: Sequence[LoadReport]) -> None:
-        for report in reports:
-            if report.request_id in self._receives:
-                known = self._reports.setdefault(report.request_id, [])
-                known.append(report)
-                if report.token_only and len(known) == len(self._workers):
-                    self.load_over(report.request_id)
+    def loaded(self, in_outputs: Collection[str]) -> set[str]:
+        """Which loads vLLM must be told to be over; a step's output has come.
 
-    def load_over(self, request_id: str) -> None:
+        Args:
+            in_outputs: those that all ranks' step outputs say.
+        """
+        over: set[str] = set()
+        for report in self._news() if self._loads else ():
+            if report.request_id in self._receives:
+                self._reports.setdefault(report.request_id, []).append(report)
+            if self._loads.reported(report):
+                if report.token_only:
+                    self._load_over(report.request_id)
+                else:
+                    over.add(report.request_id)
+        over |= self._loads.in_outputs(in_outputs)
+        for request_id in over:
+            self._load_over(request_id)
+        return over
+
+    def _news(self) -> Iterator[LoadReport]:
+        if self._idle:
+            # With nothing to compute vLLM would ask us a thousand times a second, on a processor that
+            # prefill or our own threads may need.
+            self._poller.poll(IDLE_WAIT_MS)
+        for client, _ in self._workers:
+            while (message := client.receive()) is not None:
+                if isinstance(message, LoadOver):
+                    yield message.report
+
+    def _load_over(self, request_id: str) -> None:
         """All ranks have reported the request."""
         if (receive := self._receives.get(request_id)) is None:
             return
@@ -330,19 +363,7 @@ class SchedulerSide:
         reports = self._reports.pop(request_id, [])
         if not reports:
             return None
-        add_load(receive.moments, reports)
-        return {
-            "transfer": {
-                "outcome": reports[0].outcome.value,
-                "reason": reports[0].reason,
-                "path": reports[0].path,
-                "bytes": sum(r.nbytes for r in reports),
-                "early_bytes": sum(r.early_bytes for r in reports),
-                "wait_ms": round(1e3 * max(r.wait_s for r in reports), 3),
-                "push_ms": round(1e3 * max(r.push_s for r in reports), 3),
-                "timeline": receive.moments,
-            }
-        }
+        return {"transfer": summary(reports, receive.moments)}
 
     def describe(self) -> dict[str, Any] | None:
         """The answer to a probe: all that a proxy needs to pair this engine with others."""

@@ -1,10 +1,15 @@
-"""The half of the connector that lives in each worker process: feeds the agent, reports what it finished."""
+"""The half of the connector that lives in each worker process: feeds the agent, reports what it finished.
+
+When vLLM tells on GPUs that a layer's KV is written (``save_kv_layer``): after each layer where it runs
+eagerly, compiled, or between piecewise CUDA graphs. In a full CUDA graph never (by default decode-only
+batches; with ``cudagraph_mode`` FULL prefills that fit a graph, too): the step counts as written once it is
+issued. So it is with micro-batches (``--enable-dbo``): they tell a layer several times, from several streams.
+"""
 
 import logging
 import math
 import secrets
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,20 +21,18 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from mooncake_connector import __version__
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.kv_transfer.agent import WorkerAgent
+from mooncake_connector.kv_transfer.clock import NUM_EVENTS, GpuClock, LayerClock
 from mooncake_connector.kv_transfer.layout import WorkerInfo
-from mooncake_connector.kv_transfer.messages import PROTOCOL
-from mooncake_connector.kv_transfer.ports import LoadReport
+from mooncake_connector.kv_transfer.messages import PROTOCOL, LoadReport
+from mooncake_connector.kv_transfer.transport.cuda.driver import Event, context_at
 from mooncake_connector.kv_transfer.vllm import first_token
 from mooncake_connector.kv_transfer.vllm.kv_layout import layout_of, model_hash
-from mooncake_connector.kv_transfer.vllm.metadata import LoadReports, StepMetadata, WorkerHandshake
+from mooncake_connector.kv_transfer.vllm.metadata import Listen, StepMetadata, WorkerHandshake
 
 logger = logging.getLogger(__name__)
 
-# An engine whose requests all wait for KV steps a thousand times a second, on a processor that prefill may
-# need. Waiting inside such a step for what it is about spares that, and the news arrives with the very step.
-IDLE_WAIT_S = 0.003
-# Steps that vLLM may have under way: after news, the step that acts on it must not wait behind idle ones.
-STEPS_IN_FLIGHT = 2
+PUSH_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+"""By the KV's device, where the setting is 0: a fraction of a millisecond of what carries them."""
 SWITCH_INTERVAL_S = 0.0005
 
 
@@ -41,11 +44,10 @@ class WorkerSide:
         self._agent: WorkerAgent | None = None
         self._layers: dict[str, int] = {}
         self._token_bytes = 0.0
-        self._wake_after = 1
+        self._mark_after = 1
         self._meta: StepMetadata | None = None
-        self._since_wake = 0
-        self._empty_handed = 0
-        self._reports: list[LoadReport] = []
+        self._since_mark = 0
+        self._layerwise = not getattr(vllm_config.parallel_config, "use_ubatching", False)
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """The KV caches exist: start serving them."""
@@ -72,7 +74,10 @@ class WorkerSide:
         self._token_bytes = blocks / layout.groups[0].block_size / len(self._layers)
         # The I/O thread's hand-overs are short and urgent; by default it may wait 5 ms for the interpreter.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self._agent = WorkerAgent(info, self._config)
+        kv = next(iter(kv_caches.values()))
+        push_bytes = self._config.push_bytes or PUSH_BYTES.get(kv.device.type, PUSH_BYTES["cpu"])
+        self._config = msgspec.structs.replace(self._config, push_bytes=push_bytes)
+        self._agent = WorkerAgent(info, self._config, _clock(kv, layout.num_layers))
 
     @property
     def handshake(self) -> WorkerHandshake | None:
@@ -85,52 +90,47 @@ class WorkerSide:
     def step_begins(self, meta: StepMetadata) -> None:
         self._meta = meta
         first_token.force(meta.first_tokens)
-        # Waking the I/O thread takes the interpreter from the forward pass: only where it will find enough
-        # to push.
-        layer_bytes = self._token_bytes * sum(chunk.end - chunk.start for chunk in meta.chunks)
-        self._wake_after = max(1, math.ceil(self._config.push_bytes / max(layer_bytes, 1.0)))
-        self._since_wake = 0
-        if self._agent is not None and (meta.chunks or meta.preempted or meta.ended):
-            self._agent.step(meta.step, meta.chunks, meta.preempted, meta.ended)
+        if (agent := self._agent) is None:
+            return
+        if meta.chunks:
+            # Waking the I/O thread takes the interpreter from the forward pass: only where it will find
+            # enough to push.
+            layer_bytes = self._token_bytes * sum(chunk.end - chunk.start for chunk in meta.chunks)
+            self._mark_after = max(1, math.ceil(self._config.push_bytes / max(layer_bytes, 1.0)))
+            self._since_mark = 0
+            agent.clock.step_begins(meta.step)
+        if meta.chunks or meta.preempted or meta.ended:
+            agent.step(meta.step, meta.chunks, meta.preempted, meta.ended)
 
     def layer_written(self, layer_name: str) -> None:
-        """The layer's KV of this step is in memory."""
-        if self._agent is None or self._meta is None or not self._meta.chunks:
+        """All that writes the layer's KV of this step has been issued."""
+        if self._agent is None or self._meta is None or not self._meta.chunks or not self._layerwise:
             return
         if (layer := self._layers.get(layer_name)) is None:
             return
-        self._agent.clock.layer_written(layer, self._meta.step)
-        self._since_wake += 1
-        last = layer == len(self._layers) - 1
-        if self._agent.busy and (last or self._since_wake >= self._wake_after):
-            self._since_wake = 0
-            self._agent.wake()
+        agent, step = self._agent, self._meta.step
+        agent.clock.layer_written(layer, step)
+        self._since_mark += 1
+        if layer == len(self._layers) - 1 or self._since_mark >= self._mark_after:
+            self._since_mark = 0
+            agent.clock.mark(step)
+            if agent.busy:
+                agent.wake()
 
     def step_ended(self) -> None:
-        if self._agent is None or self._meta is None:
-            return
-        self._agent.clock.step_ended(self._meta.step)
-        if self._meta.chunks:
+        if self._agent is not None and self._meta is not None and self._meta.chunks:
+            self._agent.clock.step_ended(self._meta.step)
             self._agent.wake()
 
     def results(self) -> tuple[set[str], list[LoadReport]]:
         """Since the last call: requests whose blocks may be freed, and loads that ended."""
-        agent = self._agent
-        if agent is None:
+        if (agent := self._agent) is None:
             return set(), []
-        if self._meta is not None and self._meta.idle and self._empty_handed > STEPS_IN_FLIGHT:
-            agent.results_ready.wait(IDLE_WAIT_S)
-        agent.results_ready.clear()
-        taken = time.monotonic()
-        sent = agent.take_sent()
-        loads = [msgspec.structs.replace(load, taken=taken) for load in agent.take_reports()]
-        self._empty_handed = 0 if sent or loads else self._empty_handed + 1
-        self._reports += loads
-        return sent, [load for load in loads if not load.token_only]
+        return agent.take_sent(), agent.take_reports()
 
-    def take_reports(self) -> LoadReports | None:
-        reports, self._reports = self._reports, []
-        return LoadReports(reports) if reports else None
+    def for_scheduler(self) -> Listen | None:
+        """What goes to the scheduler with this step's output."""
+        return Listen() if self._meta is not None and self._meta.idle else None
 
     def close(self) -> None:
         if self._agent is not None:
@@ -140,3 +140,11 @@ class WorkerSide:
 def _backend(layer: Any) -> str:
     getter = getattr(layer, "get_attn_backend", None)
     return "unknown" if getter is None else str(getter().get_name())
+
+
+def _clock(kv: torch.Tensor, num_layers: int) -> LayerClock:
+    if kv.device.type != "cuda":
+        return LayerClock(num_layers)
+    context = context_at(kv.data_ptr())
+    events = [Event(context) for _ in range(NUM_EVENTS)]
+    return GpuClock(num_layers, events, lambda: int(torch.cuda.current_stream(kv.device).cuda_stream))
