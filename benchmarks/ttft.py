@@ -5,6 +5,8 @@ Engines of peers are stopped (SIGSTOP) while it is not their turn: some poll wit
 all others on a machine of few cores. `added_ttft` is the difference to the one engine on the same prompt.
 
     python benchmarks/ttft.py [--json FILE] [--rounds 20] [--subjects mooncake_push nixl mooncake]
+    python benchmarks/ttft.py --gpu [--json FILE] [--quick] [--only ttft breakdown ...]    see ttft_gpu.py
+    python benchmarks/ttft.py --gpu --cpu --quick                     the latter's code, without a GPU
 
 Peers (`make peers`): vLLM's NixlConnector and MooncakeConnector, each with a minimal proxy as users have
 them; the latter is shimmed to start on a CPU. Every answer is compared with the one engine's. All engines
@@ -29,6 +31,8 @@ import aiohttp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import serving, ttft_gpu
+from benchmarks.gpu_engines import PeerProxy, peers_path
 from benchmarks.report import Row, add_arguments, not_run, publish, row
 from mooncake_connector.demo.models import make, server_args
 from mooncake_connector.scheduler.actuator.local import (
@@ -49,27 +53,6 @@ SUBJECTS = ("mooncake_push", "nixl", "mooncake")
 SINGLE = "single"
 PEERS = ("nixl", "mooncake")
 SETTLE = 0.3  # seconds from a change of turns to the first request
-
-
-class PeerProxy(LocalProcess):
-    """One of benchmarks/peers/proxy.py."""
-
-    def __init__(self, kind: str, prefill: str, decode: str, *rest: str, logs: Path) -> None:
-        port = free_port()
-        super().__init__(
-            "benchmarks.peers.proxy",
-            [kind, str(port), prefill, decode, *rest],
-            name=f"{kind}-proxy",
-            port=port,
-            env={**os.environ, "PYTHONPATH": str(HERE.parent)},
-            logs=logs,
-        )
-
-
-def peers_path() -> str | None:
-    """The site-packages folder of .venv-peers, None where it is missing."""
-    found = list((HERE.parent / ".venv-peers").glob("lib/python*/site-packages"))
-    return str(found[0]) if found else None
 
 
 class Lab:
@@ -231,7 +214,20 @@ def main() -> int:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--plain", action="store_true", help="start every engine afresh (slow, much memory)")
+    gpu = parser.add_argument_group("on GPUs")
+    gpu.add_argument("--gpu", action="store_true", help="Llama-3-8B's dimensions on two GPUs")
+    gpu.add_argument("--cpu", action="store_true", help="with --gpu: a tiny model on the CPU instead")
+    gpu.add_argument("--quick", action="store_true", help="few rounds")
+    gpu.add_argument("--only", nargs="+", choices=(*ttft_gpu.EAGER, *ttft_gpu.GRAPHS), metavar="MEASURE")
+    gpu.add_argument("--budget", type=float, default=600.0, help="seconds in all; the rest is left out")
+    gpu.add_argument("--xpyd", type=serving.parse_xpyd, default=(1, 1), help="for serving (1P1D)")
+    gpu.add_argument("--rates", type=float, nargs="+", default=serving.RATES, help="requests per second")
+    gpu.add_argument("--seconds", type=float, default=15.0, help="how long each load arrives (15)")
+    gpu.add_argument("--kv-gib", type=float, default=30.0, help="KV cache of engines under load")
+    gpu.add_argument("--logs", type=Path, help="folder for the engines' logs")
     options = parser.parse_args()
+    if options.gpu:
+        return ttft_gpu.main(options)
 
     left_out = [] if peers_path() else [s for s in options.subjects if s != "mooncake_push"]
     subjects = [s for s in options.subjects if s not in left_out]
