@@ -254,7 +254,7 @@ class Socket:
         for number, sock in enumerate(self._socks):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.sendall(bytes([number]))
-        self._threads = ThreadPoolExecutor(SOCKETS)
+        self._threads = [ThreadPoolExecutor(1) for _ in self._parts]  # each sends in order
 
     def prepare(self, move: Move) -> Start:
         def send(sock: socket.socket, part: memoryview) -> None:
@@ -263,7 +263,8 @@ class Socket:
             sock.recv(1)
 
         def start(slot: int) -> Callable[[], None]:
-            sent = [self._threads.submit(send, *link) for link in zip(self._socks, self._parts, strict=True)]
+            links = zip(self._threads, self._socks, self._parts, strict=True)
+            sent = [thread.submit(send, sock, part) for thread, sock, part in links]
 
             def wait() -> None:
                 for part in sent:
