@@ -107,7 +107,8 @@ def schedule(host: bool, quick: bool, nbytes: int) -> list[Task]:
         tasks += turn
     limits = ["socket"] if host else ["socket", "pinned_copy"]
     tasks += [whole(subject, "staged", PAGE) for subject in limits]
-    tasks.append(Task("tcp", "tcp", "staged", {"page_bytes": PAGE}, PAGE, nbytes))
+    for page in (PAGE, MIB):
+        tasks.append(Task("tcp", "tcp", "staged", {"page_bytes": page}, page, nbytes))
     return tasks
 
 
@@ -180,7 +181,7 @@ def verdicts(rows: list[report.Row]) -> list[str]:
     at_least("copy engine, 4 MiB", of("cuda_ipc/copy_engine", page_bytes=4 * MIB), 370.0, " GB/s")
     limits = [value for value in (of("pinned_copy", "staged"), of("socket", "staged")) if value is not None]
     if len(limits) == 2:
-        at_least("tcp with GPU memory", of("tcp", "staged"), 0.8 * min(limits), " GB/s")
+        at_least("tcp with GPU memory", of("tcp", "staged", page_bytes=PAGE), 0.8 * min(limits), " GB/s")
     return lines
 
 
