@@ -72,7 +72,7 @@ class Worker:
         end: int,
         write: Callable[[int, list[int]], None],
     ) -> None:
-        """Compute blocks ``[begin, end)`` of a prompt in one step: ``write(layer, blocks)``, layer by layer."""
+        """Compute blocks ``[begin, end)`` of a prompt in one step, calling ``write(layer, blocks)``."""
         agent = self.agent
         new = list(blocks[begin:end])
         chunk = Chunk(request, request, PROMPT, begin * BLOCK, end * BLOCK, (new,), begin == 0, True)

@@ -82,7 +82,12 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def _stock(fleet: Fleet) -> Iterator[Processes]:
     made = Processes()
-    made.prepare(4)
+    if have := gpus():
+        # All that the tests take, kills included: torch takes seconds to import.
+        made.prepare(6)
+        made.prepare(2, EXPANDABLE)
+        for device in range(min(have, 2)):
+            made.prepare(1, only(device))
     try:
         yield made
     finally:

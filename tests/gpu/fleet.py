@@ -1,25 +1,24 @@
 """vLLM engines for the GPU tests: many small ones, several on each GPU, all started at once and shared."""
 
-import contextlib
 import importlib.util
 import os
-import shutil
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from mooncake_connector.demo.models import make
 from mooncake_connector.errors import EngineStartError
 from mooncake_connector.scheduler.actuator.base import Role
 from mooncake_connector.scheduler.actuator.local import LocalEngine, LocalProxy, stop_all
+from tests.gpu.models import MAX_TOKENS, deepseek, llama
 
 START_S = 300.0
 """Of a dozen engines at once on a machine that has just been started."""
 
 LOG_LINES = 60
-MODEL_TOKENS = 4096
+MODELS = {"llama": llama, "mla": deepseek}
 
 ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     # NVLink multicast can put a shared host's GPUs out of service.
     "NCCL_NVLS_ENABLE": "0",
@@ -80,37 +79,6 @@ def vllm_here() -> str:
     return ""
 
 
-def llama(folder: Path) -> Path:
-    """A Llama of 8 heads and 4 KV heads of 128, 8 layers, in `folder`.
-
-    Its weights are real files: dummy ones differ between tensor-parallel sizes. They are large enough for
-    answers to wander, so that KV in a wrong place shows.
-    """
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    shutil.copytree(make("tiny-llama"), folder)
-    (folder / "model.safetensors").unlink()
-    torch.manual_seed(4321)
-    config = LlamaConfig(
-        vocab_size=len(AutoTokenizer.from_pretrained(folder)),
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=128,
-        max_position_embeddings=MODEL_TOKENS,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        tie_word_embeddings=False,
-        initializer_range=0.15,
-    )
-    LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder, safe_serialization=True)
-    return folder
-
-
 @dataclass
 class Fleet:
     """The engines of one test run.
@@ -125,6 +93,7 @@ class Fleet:
     _engines: dict[str, LocalEngine] = field(default_factory=dict)
     _proxies: dict[tuple[str, str], LocalProxy] = field(default_factory=dict)
     _failed: dict[str, str] = field(default_factory=dict)
+    _starter: threading.Thread = field(default_factory=threading.Thread)
 
     @property
     def _logs(self) -> Path:
@@ -132,20 +101,25 @@ class Fleet:
 
     def start(self) -> None:
         """Begin to start all of them; returns at once."""
-        if not self.names:
-            return
         models = {SHAPES[name].model for name in self.names}
-        paths = {"llama": llama(self.folder / "llama")} if "llama" in models else {}
-        if "mla" in models:
-            paths["mla"] = make("tiny-deepseek")
         for name in self.names:
-            self._engines[name] = self._made(name, paths[SHAPES[name].model])
-        for engine in self._engines.values():
-            engine.start()
+            self._engines[name] = self._made(name, self.folder / SHAPES[name].model)
+
+        def begin() -> None:
+            try:
+                for model in models:
+                    MODELS[model](self.folder / model)
+                for engine in self._engines.values():
+                    engine.start()
+            except Exception as error:
+                self._failed = {name: f"{type(error).__name__}: {error}" for name in self.names}
+
+        self._starter = threading.Thread(target=begin, daemon=True)
+        self._starter.start()
 
     def _made(self, name: str, model: Path) -> LocalEngine:
         shape = SHAPES[name]
-        args = ["--dtype", "float16", "--max-model-len", str(MODEL_TOKENS), "--block-size", str(shape.block)]
+        args = ["--dtype", "float16", "--max-model-len", str(MAX_TOKENS), "--block-size", str(shape.block)]
         args += ["--kv-cache-memory-bytes", str(1 << 30), "--gpu-memory-utilization", "0.04"]
         args += ["--max-num-seqs", "32", "--tensor-parallel-size", str(len(shape.gpus))]
         args += ["--disable-custom-all-reduce", *(["--enforce-eager"] if shape.eager else []), *shape.args]
@@ -165,16 +139,17 @@ class Fleet:
         Raises:
             AssertionError: It did not start; the message has the end of its log. The others go on.
         """
+        self._starter.join(120)
         if name in self._failed:
-            raise AssertionError(f"engine {name!r} did not start, as an earlier test says")
+            raise AssertionError(f"engine {name!r} did not start: {self._failed[name]}")
         engine = self._engines[name]
         try:
             engine.wait_ready(START_S)
         except EngineStartError as failed:
             lines = engine.log_text().splitlines()
-            self._failed[name] = str(failed)
+            self._failed[name] = f"{str(failed).splitlines()[0]} (the first test that needed it says more)"
             errors = [line for line in lines if "Error" in line][:10]
-            told = "\n".join(["errors:", *errors, "the end:", *lines[-LOG_LINES:]])
+            told = "\n".join([self._failed[name], "errors:", *errors, "the end:", *lines[-LOG_LINES:]])
             raise AssertionError(f"engine {name!r} did not start: {told}") from None
         return engine
 
@@ -193,6 +168,6 @@ class Fleet:
         return self._proxies[prefill, decode]
 
     def close(self) -> None:
-        processes: list[Any] = [*self._proxies.values(), *self._engines.values()]
-        with contextlib.suppress(EngineStartError):
-            stop_all([process for process in processes if process._pid is not None], grace=5.0)
+        if self._starter.ident is not None:
+            self._starter.join(120)
+        stop_all([*self._proxies.values(), *self._engines.values()], grace=5.0)
