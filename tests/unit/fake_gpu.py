@@ -33,8 +33,12 @@ class FakeGpu:
         open: while it is not set, copies wait.
         fails: copies are refused from now on.
         alive: buffers, streams and events that were not closed.
-        batches: copies so far, by their number of ranges.
+        batches: batches of copies so far, by their number of ranges.
+        launches: likewise, of the kernel.
+        compiles: the kernel can be had.
     """
+
+    device = 0
 
     def __init__(self, nbytes: int, copy_s: float = 0.0) -> None:
         fd = os.memfd_create("gpu")
@@ -48,6 +52,8 @@ class FakeGpu:
         self.fails = False
         self.alive: set[object] = set()
         self.batches: list[int] = []
+        self.launches: list[int] = []
+        self.compiles = True
         self._context = threading.local()
 
     @contextlib.contextmanager
@@ -67,11 +73,35 @@ class FakeGpu:
     def Pinned(self, nbytes: int, context: object) -> "FakePinned":
         return FakePinned(self, nbytes)
 
+    def kernel(self, context: object) -> "FakeGpu":
+        if not self.compiles:
+            raise TransportError("no compiler")
+        return self
+
+    def launch(self, table: int, n: int, total: int, width: int, stream: int, *, blocks: int) -> None:
+        assert self._context.current
+        if self.fails:
+            raise TransportError("cuLaunchKernel: planted")
+        self.launches.append(n)
+        words = np.ctypeslib.as_array((ctypes.c_uint64 * (3 * n)).from_address(table)).reshape(3, n)
+        src, dst, end = words.copy()
+        length = np.diff(end, prepend=np.uint64(0))
+        assert int(end[-1]) == total
+        assert not int(np.bitwise_or.reduce(src | dst | length)) % width
+        for place in np.where(self._inside(src), dst, src):  # the other end is page-locked
+            assert any(thing.holds(int(place)) for thing in self.alive if isinstance(thing, FakePinned))
+        assert (self._inside(src) | self._inside(dst)).all()
+        self._enqueue(dst, src, length, stream)
+
     def copy_batch_async(self, dst: U64Array, src: U64Array, length: U64Array, stream: int) -> None:
         assert self._context.current
         if self.fails:
             raise TransportError("cuMemcpyBatchAsync: planted")
         self.batches.append(dst.size)
+        assert (self._inside(src) | self._inside(dst)).all()
+        self._enqueue(dst, src, length, stream)
+
+    def _enqueue(self, dst: U64Array, src: U64Array, length: U64Array, stream: int) -> None:
         ranges = list(zip(self._here(dst), self._here(src), length.tolist(), strict=True))
         FakeStream.by_handle[stream].put(lambda: self._copy(ranges))
 
@@ -81,10 +111,12 @@ class FakeGpu:
         for dst, src, nbytes in ranges:
             ctypes.memmove(dst, src, nbytes)
 
+    def _inside(self, address: U64Array) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+        return address - np.uint64(self.region.address) < np.uint64(self.region.length)  # wraps around
+
     def _here(self, address: U64Array) -> list[int]:
-        inside = address - np.uint64(self.region.address)  # wraps around below it
-        here = np.uint64(self.memory.ctypes.data) + inside
-        return np.where(inside < np.uint64(self.region.length), here, address).tolist()
+        here = address - np.uint64(self.region.address) + np.uint64(self.memory.ctypes.data)
+        return np.where(self._inside(address), here, address).tolist()
 
 
 class _Thing:
@@ -101,6 +133,9 @@ class FakePinned(_Thing):
         super().__init__(gpu)
         self.array = np.zeros(nbytes, np.uint8)
         self.address: int = self.array.ctypes.data
+
+    def holds(self, address: int) -> bool:
+        return 0 <= address - self.address < self.array.size
 
 
 class FakeEvent(_Thing):

@@ -10,7 +10,7 @@ import pytest
 
 from mooncake_connector.config import TransferConfig
 from mooncake_connector.kv_transfer.engine import TransferEngine
-from mooncake_connector.kv_transfer.memory import Region, U64Array
+from mooncake_connector.kv_transfer.memory import Ranges, Region, U64Array
 from mooncake_connector.kv_transfer.plan import CopyPlan, Tile
 from mooncake_connector.kv_transfer.transport import Failure, Landed, Receiver, staging, stream, wire
 from mooncake_connector.kv_transfer.transport.outgoing import Frame, Write
@@ -91,7 +91,7 @@ def pages(size: int) -> tuple[U64Array, U64Array, U64Array]:
 
 @pytest.mark.parametrize("checksum", [False, True])
 @pytest.mark.parametrize(("source", "target"), [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("size", [37, 1000, CHUNK, CHUNK + 1, 5 * CHUNK, NBYTES])
+@pytest.mark.parametrize("size", [37, 1000, 1024, CHUNK, CHUNK + 1, 5 * CHUNK, NBYTES])
 def test_every_byte_lands_in_its_place(source: bool, target: bool, size: int, checksum: bool) -> None:
     world = World(source, target, checksum)
     src, dst, length = pages(size)
@@ -120,6 +120,54 @@ def test_many_writes_from_both_kinds_of_memory_over_both_connections(world: Worl
     assert [done.wait() for done in dones] == [None] * count
     assert np.array_equal(world.target.memory, expected)
     assert world.receiver.revoke(KEY) == Landed(count * size, count)
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_many_ranges_go_by_the_kernel_if_there_is_one(world: World, compiles: bool) -> None:
+    source, target = world.source.gpu, world.target.gpu
+    source.compiles = target.compiles = compiles
+    src, dst = np.arange(0, 64 * 512, 1024), np.arange(64 * 512, 0, -1024)
+    assert world.begin(world.plan(src, dst, np.full(32, 512))).wait() is None
+    assert (source.launches, source.batches) == (([32], []) if compiles else ([], [32]))
+    assert (target.launches, target.batches) == (([32], []) if compiles else ([], [32]))
+    expected = np.zeros(NBYTES, np.uint8)
+    for a, b in zip(src, dst, strict=True):
+        expected[b : b + 512] = world.source.memory[a : a + 512]
+    assert np.array_equal(world.target.memory, expected)
+
+
+def test_the_kernel_touches_no_memory_that_is_not_known_to_be_its_devices(world: World) -> None:
+    for end in (world.source, world.target):
+        end.staging.remove(end.gpu.region)
+        end.staging.add(Region(end.gpu.region.address, NBYTES, "cuda:1"))
+    src = np.arange(0, 64 * 512, 1024)
+    assert world.begin(world.plan(src, src, np.full(32, 512))).wait() is None
+    assert not world.source.gpu.launches
+    assert not world.target.gpu.launches
+    assert np.array_equal(world.target.memory[1024:1536], world.source.memory[1024:1536])
+
+
+def test_one_write_from_and_to_both_kinds_of_memory(world: World) -> None:
+    """As when small writes travel together."""
+    host, far = random_bytes(NBYTES, 8), np.zeros(NBYTES, np.uint8)
+    world.receiver.grant(
+        KEY + 1,
+        "p",
+        Ranges.of(np.array([far.ctypes.data, world.target.address]), np.array([NBYTES, NBYTES])),
+    )
+    size, count = 1024, 40
+    at = np.arange(count, dtype=np.uint64) * np.uint64(size)
+    kind = np.random.default_rng(3).integers(0, 2, (2, count)).astype(bool)
+    src = np.where(kind[0], np.uint64(host.ctypes.data), np.uint64(world.source.address)) + at
+    dst = np.where(kind[1], np.uint64(far.ctypes.data), np.uint64(world.target.address)) + at
+    done = Done()
+    world.link.rails["tcp-0"].write(KEY + 1, CopyPlan.of(src, dst, np.full(count, size)), done)
+    assert done.wait() is None
+    for n in range(count):
+        here = slice(n * size, (n + 1) * size)
+        came, other = (far, world.target.memory) if kind[1, n] else (world.target.memory, far)
+        assert np.array_equal(came[here], (host if kind[0, n] else world.source.memory)[here])
+        assert not other[here].any()
 
 
 def test_adjacent_ranges_are_one_copy(world: World) -> None:
@@ -343,6 +391,11 @@ def test_which_addresses_are_gpu_memory() -> None:
     ]
     assert covers(0, 5050)
     assert not covers()
+    one, two = np.array([1000, 1050], np.uint64), np.array([1000, 5000], np.uint64)
+    assert known.reach(0, one, np.array([50, 50], np.uint64))
+    assert not known.reach(0, one, np.array([50, 51], np.uint64))
+    assert not known.reach(0, two, np.array([50, 50], np.uint64))
+    assert not known.reach(2, one, np.array([50, 50], np.uint64))
     known.remove(Region(5000, 100, "cuda:1"))
     assert not covers(5050)
     known.remove(Region(1000, 100, "cuda:0"))
@@ -352,7 +405,7 @@ def test_which_addresses_are_gpu_memory() -> None:
 @pytest.mark.parametrize("checksum", [False, True])
 def test_through_the_engine(monkeypatch: pytest.MonkeyPatch, checksum: bool) -> None:
     gpu = FakeGpu(2 * NBYTES)
-    monkeypatch.setattr(staging, "driver", gpu)
+    monkeypatch.setattr(staging, "Cuda", lambda: gpu)
     config = TransferConfig(path="tcp", checksum=checksum)
     target, initiator = TransferEngine(config), TransferEngine(config)
     whole = gpu.region

@@ -16,7 +16,7 @@ from mooncake_connector.kv_transfer.transport.checksum import xxh3
 from mooncake_connector.kv_transfer.transport.syscalls import Cursor, Few, Scatter
 
 if TYPE_CHECKING:
-    from mooncake_connector.kv_transfer.transport.staging import Slot
+    from mooncake_connector.kv_transfer.transport.lane import Slot
 
 log = logging.getLogger(__name__)
 

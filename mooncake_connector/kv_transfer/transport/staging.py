@@ -1,8 +1,8 @@
-"""GPU memory over sockets: by way of page-locked buffers, filled and emptied by the GPU's copy engines.
+"""GPU memory over sockets: by way of page-locked buffers, which the GPU fills and empties beside the socket.
 
 The initiator gathers a frame while the one before it is being sent. The target receives a part of a frame
-while the copy engines put the part before it in its place. A byte has landed once the GPU has it: so long
-the reply waits, and a fence of its grant.
+while the GPU puts the part before it in its place. A byte has landed once the GPU has it: so long the reply
+waits, and a fence of its grant.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Iterable
-from typing import Any, Protocol
 
 import numpy as np
 import xxhash
@@ -20,53 +19,40 @@ from mooncake_connector.errors import TransportError
 from mooncake_connector.kv_transfer.memory import Ranges, Region, U64Array
 from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.transport import wire
-from mooncake_connector.kv_transfer.transport.cuda import driver
 from mooncake_connector.kv_transfer.transport.grants import Grant
+from mooncake_connector.kv_transfer.transport.lane import Cuda, Device, Lane, Slot, places_of
 from mooncake_connector.kv_transfer.transport.outgoing import Frame, Question
 from mooncake_connector.kv_transfer.transport.syscalls import MSG_DONTWAIT, Few, receive
 from mooncake_connector.kv_transfer.transport.tcp import Inbox
 
-LOAD_BYTES, LOADS = 4 << 20, 2
+LOAD_BYTES, LOADS = wire.MAX_FRAME_BYTES, 2
 """A sender's buffers: one is sent, one is filled. What a frame costs besides its bytes wants large frames."""
 
-UNLOAD_BYTES, UNLOADS = 1 << 20, 3
+UNLOAD_BYTES, UNLOADS = 2 << 20, 3
 """A receiver's buffers. Before a frame is answered its last copy is waited for, which wants small ones."""
-
-
-class Device(Protocol):
-    """What is needed of `transport.cuda.driver`, which documents it."""
-
-    def context_at(self, address: int, /) -> contextlib.AbstractContextManager[Any]: ...
-
-    def Stream(self, context: Any, /) -> Any: ...
-
-    def Event(self, context: Any, /) -> Any: ...
-
-    def Pinned(self, nbytes: int, context: Any, /) -> Any: ...
-
-    def copy_batch_async(self, dst: U64Array, src: U64Array, length: U64Array, stream: int, /) -> None: ...
 
 
 class Staging:
     """Which memory of this process is a GPU's, and has to be staged. Thread-safe; idle without such memory.
 
     Args:
-        device: of the GPUs; `transport.cuda.driver` if None.
+        device: the GPUs; the real ones if None.
 
     Attributes:
         active: there is GPU memory.
     """
 
     def __init__(self, device: Device | None = None) -> None:
-        self.device: Device = device or driver
+        self.device: Device = device or Cuda()
         self._lock = threading.Lock()
         self._regions: list[Region] = []
         self._ranges = _ranges([])
+        self._of: dict[str, Ranges] = {}
         self.active = False
 
     def add(self, region: Region) -> None:
         """Stage what lies in a region, if that is a GPU's."""
-        if region.location.startswith("cuda"):
+        if region.on_gpu:
             with self._lock:
                 self._regions.append(region)
                 self._look()
@@ -80,13 +66,31 @@ class Staging:
 
     def covers(self, address: U64Array) -> bool:
         """Whether any of these addresses (uint64 [n]) is in GPU memory."""
+        return bool(self.on_gpu(address).any())
+
+    def on_gpu(self, address: U64Array) -> NDArray[np.bool_]:
+        """Which of these addresses (uint64 [n]) are in GPU memory: [n]."""
         ranges = self._ranges
-        if not ranges.start.size or not address.size:
-            return False
+        if not ranges.start.size:
+            return np.zeros(address.size, bool)
         at = np.searchsorted(ranges.start, address, side="right")
-        return bool(((at > 0) & (address < ranges.end[at - 1])).any())
+        inside: NDArray[np.bool_] = (at > 0) & (address < ranges.end[at - 1])
+        return inside
+
+    def reach(self, device: int, address: U64Array, length: U64Array) -> bool:
+        """Whether all of these ranges (uint64 [n]) are memory of one device."""
+        ranges = self._of.get(f"cuda:{device}")
+        return ranges is not None and ranges.cover(address, length)
+
+    def lane(self, address: U64Array, nbytes: int, count: int) -> Lane:
+        """So many buffers, for the device that these addresses (uint64 [n]) are of."""
+        return Lane(self.device, self, address, nbytes, count)
 
     def _look(self) -> None:
+        of: dict[str, list[Region]] = {}
+        for region in self._regions:
+            of.setdefault(region.location, []).append(region)
+        self._of = {location: _ranges(regions) for location, regions in of.items()}
         self._ranges = _ranges(self._regions)
         self.active = bool(self._regions)
 
@@ -96,89 +100,6 @@ def _ranges(regions: list[Region]) -> Ranges:
         np.array([region.address for region in regions], np.uint64),
         np.array([region.length for region in regions], np.uint64),
     )
-
-
-class Slot:
-    """A page-locked buffer, and the last copy into it or out of it.
-
-    Attributes:
-        address: of its first byte.
-        array: uint8 [n], the buffer.
-    """
-
-    def __init__(self, device: Device, context: Any, stream: Any, nbytes: int) -> None:
-        self._device, self._stream = device, stream
-        self._copied = device.Event(context)
-        self._memory = device.Pinned(nbytes, context)
-        self.address: int = self._memory.address
-        self.array: NDArray[np.uint8] = self._memory.array
-
-    def fill(self, plan: CopyPlan) -> None:
-        """Begin to gather a plan's source, once what it waits for has happened."""
-        for event in plan.after:
-            self._stream.wait(event)
-        self._copy(plan.src, self._places(plan.length), plan.length)
-
-    def empty(self, dst: U64Array, length: U64Array) -> None:
-        """Begin to put the buffer's bytes, in order, to where they belong."""
-        self._copy(self._places(length), dst, length)
-
-    def wait(self) -> None:
-        """Wait for the copy; on an own stream, that is milliseconds, and no other process can make it longer.
-
-        Raises:
-            TransportError: The GPU failed. Nothing of this process reaches it any more.
-        """
-        self._copied.synchronize()
-
-    def close(self) -> None:
-        self._copied.close()
-        self._memory.close()
-
-    def _places(self, length: U64Array) -> U64Array:
-        return np.cumsum(length, dtype=np.uint64) - length + np.uint64(self.address)
-
-    def _copy(self, src: U64Array, dst: U64Array, length: U64Array) -> None:
-        merged = CopyPlan.of(src, dst, length)
-        try:
-            self._device.copy_batch_async(merged.dst, merged.src, merged.length, self._stream.handle)
-            self._copied.record(self._stream.handle)
-        except TransportError:
-            self._stream.synchronize()  # a part of it may be under way, which the event would not tell
-            raise
-
-
-class Lane:
-    """One connection's buffers in one direction. Belongs to the thread that makes it.
-
-    Attributes:
-        slots: the buffers, to be taken in turn.
-
-    Raises:
-        TransportError: The GPU's driver refuses; the message has the mend.
-    """
-
-    def __init__(self, device: Device, address: int, nbytes: int, count: int) -> None:
-        self._stack = contextlib.ExitStack()
-        try:
-            context = self._stack.enter_context(device.context_at(address))
-            stream = device.Stream(context)
-            self._stack.callback(stream.close)
-            self.slots = deque[Slot]()
-            for _ in range(count):
-                self.slots.append(Slot(device, context, stream, nbytes))
-                self._stack.callback(self.slots[-1].close)
-            self._stack.callback(stream.synchronize)
-        except TransportError as failed:
-            self.close()
-            raise TransportError(
-                f"can't stage GPU memory at {address:#x} in {count} buffers of {nbytes >> 20} MiB: {failed}"
-            ) from failed
-
-    def close(self) -> None:
-        """Wait for the copies under way, and give everything back."""
-        with contextlib.suppress(TransportError):
-            self._stack.close()
 
 
 class Loader:
@@ -197,8 +118,7 @@ class Loader:
         for entry in entries:
             if isinstance(entry, Frame) and entry.staged is not None and entry.slot is None:
                 if self._lane is None:
-                    address = int(entry.staged.src[0])
-                    self._lane = Lane(self._staging.device, address, LOAD_BYTES, LOADS)
+                    self._lane = self._staging.lane(entry.staged.src, LOAD_BYTES, LOADS)
                 if not self._lane.slots:
                     return
                 entry.slot = self._lane.slots.popleft()
@@ -252,9 +172,11 @@ class StagedInbox(Inbox):
     def _land(self, frame: wire.Frame, grant: Grant, dst: U64Array, length: U64Array) -> tuple[int, str]:
         """As `land`; whatever is under way when it ends is left to the caller."""
         if self._lane is None:
-            self._lane = Lane(self._staging.device, int(dst[0]), UNLOAD_BYTES, UNLOADS)
+            self._lane = self._staging.lane(dst, UNLOAD_BYTES, UNLOADS)
         digest = xxhash.xxh3_64() if frame.flags & wire.CHECKED else None
-        for piece in CopyPlan(length, dst, length).split(UNLOAD_BYTES):
+        whole = CopyPlan.of(places_of(length), dst, length)
+        way = self._lane.way(whole.dst, whole.length)
+        for piece in whole.split(UNLOAD_BYTES):
             self._settle(UNLOADS - 1)
             slot, nbytes = self._lane.slots[0], piece.nbytes
             self._lane.slots.rotate(-1)
@@ -266,7 +188,7 @@ class StagedInbox(Inbox):
                 self.drain(self._left)
                 return wire.REFUSED, f"key {frame.key} was revoked"
             try:
-                slot.empty(piece.dst, piece.length)
+                slot.empty(piece, way)
             except BaseException:
                 grant.leave(0)
                 raise
