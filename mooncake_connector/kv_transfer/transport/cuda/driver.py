@@ -94,8 +94,15 @@ class Context:
 
 def context_at(address: int) -> Context:
     """The context of the device whose memory this is."""
+    if (reason := available()) is not None:
+        raise TransportError(reason)
+    device = ctypes.c_int(-1)
     ordinal = bindings().CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-    return Context.of(int(call("cuPointerGetAttribute", ordinal, address)))
+    # cuda.bindings 13.3 answers 0 for the memory of every device.
+    get = _function(b"cuPointerGetAttribute", ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+    if error := get(ctypes.addressof(device), int(ordinal), address):
+        raise TransportError(f"cuPointerGetAttribute: error {error}: {address:#x} is no GPU's memory")
+    return Context.of(device.value)
 
 
 class Event:
@@ -243,13 +250,17 @@ def copy_batch_async(dst: U64Array, src: U64Array, length: U64Array, stream: int
 _IN_STREAM_ORDER = (ctypes.c_uint32 * 6)(1, 0, 0, 0, 0, 1)
 
 
-@functools.cache
 def _batch_function() -> Any:
-    # cuda.bindings wants lists of Python objects, which cost more than the copies. Version 12.8's form of
-    # the function has the argument that tells the failed range.
-    pointer, _ = call("cuGetProcAddress", b"cuMemcpyBatchAsync", 12080, 0)
+    # cuda.bindings wants lists of Python objects, which cost more than the copies.
     p, size = ctypes.c_void_p, ctypes.c_size_t
-    return ctypes.CFUNCTYPE(ctypes.c_int, p, p, p, size, p, p, size, p, p)(int(pointer))
+    return _function(b"cuMemcpyBatchAsync", p, p, p, size, p, p, size, p, p)
+
+
+@functools.cache
+def _function(name: bytes, *arguments: Any) -> Any:
+    """A driver function as it was in CUDA 12.8, called without the interpreter's lock; gives a CUresult."""
+    pointer, _ = call("cuGetProcAddress", name, 12080, 0)
+    return ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(int(pointer))
 
 
 _BARRIER = threading.Lock()

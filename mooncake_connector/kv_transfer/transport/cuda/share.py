@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mooncake_connector.errors import TransportError
 from mooncake_connector.kv_transfer.memory import Ranges, Region
 from mooncake_connector.kv_transfer.plan import CopyPlan
-from mooncake_connector.kv_transfer.transport.cuda.driver import Context, bindings, call, context_at
+from mooncake_connector.kv_transfer.transport.cuda.driver import Context, bindings, call
 
 _SYS_PIDFD_GETFD = 438
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -57,7 +57,7 @@ class Exports:
             TransportError: The driver won't, or it is another device's memory.
         """
         with self._lock:
-            context = context_at(region.address)
+            context = Context.of(int(region.location.partition(":")[2]))
             if self.context not in (None, context):
                 raise TransportError(
                     f"{region} is not on cuda:{self.context.device} as what was registered before: "
@@ -117,9 +117,10 @@ def _no_ranges() -> Ranges:
 
 def _export(address: int) -> Allocation:
     driver = bindings()
-    base, nbytes = (int(value) for value in call("cuMemGetAddressRange", address))
-    legacy = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
-    if call("cuPointerGetAttribute", legacy, address):
+    attribute = driver.CUpointer_attribute
+    base = int(call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, address))
+    nbytes = int(call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_RANGE_SIZE, address))
+    if call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE, address):
         return Allocation(base, nbytes, handle=bytes(call("cuIpcGetMemHandle", base).reserved))
     posix = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
     try:
