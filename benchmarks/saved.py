@@ -1,7 +1,7 @@
 """Rows that are saved as they come, so that what was measured outlives a crash or a time limit."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from benchmarks.report import Row, table, write
@@ -46,8 +46,8 @@ class Saved:
         if self._file is not None:
             self._file.with_suffix(".requests.json").write_text(json.dumps(self._single) + "\n")
 
-    def publish(self) -> None:
-        """Print the table of all rows."""
-        print(table(self.rows))
+    def publish(self, hidden: Collection[str] = ()) -> None:
+        """Print the table of all rows but those of `hidden` metrics."""
+        print(table([row for row in self.rows if row["metric"] not in hidden]))
         if self._file is not None:
             print(f"written: {self._file}")

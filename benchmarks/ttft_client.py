@@ -136,6 +136,20 @@ async def closed_loop(
     return list(await asyncio.gather(*(one(request) for request in requests)))
 
 
+async def whole(session: aiohttp.ClientSession, url: str, request: bytes) -> dict[str, Any]:
+    """The answer to a request that is not streamed.
+
+    Raises:
+        RuntimeError: refused.
+    """
+    headers = {"Content-Type": "application/json"}
+    async with session.post(f"{url}/v1/completions", data=request, headers=headers) as answer:
+        said = await answer.read()
+    if answer.status != 200:
+        raise RuntimeError(f"{url} answered {answer.status}: {said[:300]!r}")
+    return dict(json.loads(said))
+
+
 async def gap_of_logits(
     session: aiohttp.ClientSession, url: str, prompt: Sequence[int], mine: Sequence[int], other: Sequence[int]
 ) -> float:
@@ -146,11 +160,7 @@ async def gap_of_logits(
     at = next((i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), None)
     if at is None:
         return float("inf")
-    asked = body([*prompt, *other[:at]], 1, stream=False, logprobs=5)
-    async with session.post(
-        f"{url}/v1/completions", data=asked, headers={"Content-Type": "application/json"}
-    ) as answer:
-        answer.raise_for_status()
-        likely = (await answer.json())["choices"][0]["logprobs"]["top_logprobs"][0]
+    answer = await whole(session, url, body([*prompt, *other[:at]], 1, stream=False, logprobs=5))
+    likely = answer["choices"][0]["logprobs"]["top_logprobs"][0]
     told = {int(text): value for text, value in likely.items() if text.strip().isdigit()}
     return max(told.values()) - told[mine[at]] if mine[at] in told else float("inf")

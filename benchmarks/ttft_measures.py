@@ -4,6 +4,7 @@ import asyncio
 import math
 import random
 import statistics
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from benchmarks.ttft_client import (
     gap_of_logits,
     prompt,
     stream,
+    whole,
 )
 from mooncake_connector.scheduler.engines.vllm import VllmEngine
 from mooncake_connector.scheduler.openai import COMPLETIONS, ClientRequest
@@ -28,6 +30,7 @@ from mooncake_connector.scheduler.openai import COMPLETIONS, ClientRequest
 SINGLE = "single"
 PROXIED = "single_proxied"
 OURS = "mooncake_push"
+FIRST = "mooncake_push_first"  # the proxy hands out prefill's first token
 NIXL = "nixl"
 GENERATED = 16
 TIE = 0.03
@@ -82,6 +85,27 @@ async def kv_matters(bench: Bench) -> list[Row]:
     if len(answers) < 8:
         raise RuntimeError(f"8 prompts of equal ends got {len(answers)} different answers: weights are bad")
     return [row("ttft", SINGLE, bench.case(), "answers_of_8_equal_ends", [len(answers)], "different")]
+
+
+async def kv_moved(bench: Bench) -> list[Row]:
+    """How much KV a request through prefill and decode moved, by which path, and how much of it early.
+
+    Raises:
+        RuntimeError: none was moved: decode computed the prompt itself, and no figure would mean anything.
+    """
+    rows = []
+    for length in bench.scale.lengths:
+        told = []
+        for _ in range(3):
+            answer = await whole(bench.session, bench.urls[OURS], body(bench.prompt(length), 2, stream=False))
+            told.append((answer.get("kv_transfer_params") or {}).get("transfer") or {})
+            if not told[-1].get("bytes"):
+                raise RuntimeError(f"{length} tokens moved no KV: {told[-1]}")
+        case = bench.case(prompt_tokens=length, path=told[-1]["path"])
+        rows.append(row("ttft", OURS, case, "kv_moved", [t["bytes"] / 2**20 for t in told], "MiB"))
+        early = [100 * t["early_bytes"] / t["bytes"] for t in told]
+        rows.append(row("ttft", OURS, case, "kv_moved_early", early, "%"))
+    return rows
 
 
 async def added_ttft(bench: Bench) -> list[Row]:
@@ -167,6 +191,21 @@ async def breakdown(bench: Bench) -> list[Row]:
     return rows
 
 
+def steps(rows: Sequence[Row]) -> str:
+    """The rows of `breakdown` as a table: for each prompt length the moment and, after +, its step."""
+    cells: dict[tuple[object, object], dict[str, float | None]] = defaultdict(dict)
+    for r in rows:
+        if r["metric"] in ("moment", "step"):
+            cells[r["case"]["moment"], r["case"]["prompt_tokens"]][r["metric"]] = r["value"]
+    lengths = list(dict.fromkeys(length for _, length in cells))
+    lines = [f"{'ms after the client sent':28}" + "".join(f"{length!s:>22}" for length in lengths)]
+    for name in dict.fromkeys(name for name, _ in cells):
+        found = (cells.get((name, length), {}) for length in lengths)
+        texts = (f"{c['moment']:.2f}  +{c['step']:.2f}" if c else "-" for c in found)
+        lines.append(f"{name!s:28}" + "".join(f"{text:>22}" for text in texts))
+    return "\n".join(lines)
+
+
 async def under_load(bench: Bench, concurrencies: Sequence[int] = (1, 4, 16)) -> list[Row]:
     """TTFT at the middle length with so many clients, each asking again as soon as it is answered."""
     rows = []
@@ -219,15 +258,9 @@ async def prefill_slowed(bench: Bench, prefill: str, decode: str) -> list[Row]:
 
 
 async def _timed(session: aiohttp.ClientSession, url: str, request: bytes) -> float:
-    loop = asyncio.get_running_loop()
-    started = loop.time()
-    async with session.post(
-        url + COMPLETIONS, data=request, headers={"Content-Type": "application/json"}
-    ) as answer:
-        said = await answer.read()
-    if answer.status != 200:
-        raise RuntimeError(f"{url} answered {answer.status}: {said[:300]!r}")
-    return loop.time() - started
+    started = time.monotonic()
+    await whole(session, url, request)
+    return time.monotonic() - started
 
 
 async def decode_slowed(bench: Bench, decode: str, *, window: float, streams: int = 8) -> list[Row]:
