@@ -1,9 +1,10 @@
 """Requests arriving as in a trace: X prefill and Y decode engines against X+Y coupled ones, at equal load.
 
-    python benchmarks/serving.py [--xpyd 2P2D] [--json FILE] [--rates 2 4 8] [--seconds 15] [--cpu]
+    python benchmarks/serving.py [--xpyd 2P2D] [--json FILE] [--rates 2 5 8] [--seconds 15] [--cpu]
 
 Each load plays the same requests to both: through this project's proxy, and in turns to engines that do
-everything themselves. `benchmarks/ttft.py --gpu` runs the same with engines that it has already. A request
+everything themselves. `benchmarks/ttft.py --gpu` runs the same with engines that it has already, and
+`benchmarks/serving_plot.py` draws the result. A request
 meets its SLO if its first token came within `SLO_TTFT` and 99% of its later ones within `SLO_TBT` each;
 goodput is what met it, per second. See benchmarks/traces for where the requests come from.
 """
@@ -44,7 +45,7 @@ MAX_OUTPUT = 500  # tokens; every tenth answer of the trace is longer
 SLO_TTFT = 0.5  # seconds
 SLO_TBT = 0.05
 DRAIN = 20.0  # seconds after the last arrival until what still runs counts as failed
-RATES = (2.0, 4.0, 6.0, 8.0)
+RATES = (2.0, 5.0, 8.0)
 
 
 class Arrival(msgspec.Struct, frozen=True):

@@ -219,7 +219,7 @@ def main() -> int:
     gpu.add_argument("--cpu", action="store_true", help="with --gpu: a tiny model on the CPU instead")
     gpu.add_argument("--quick", action="store_true", help="few rounds")
     gpu.add_argument("--only", nargs="+", choices=(*ttft_gpu.EAGER, *ttft_gpu.GRAPHS), metavar="MEASURE")
-    gpu.add_argument("--budget", type=float, default=600.0, help="seconds in all; the rest is left out")
+    gpu.add_argument("--budget", type=float, default=560.0, help="seconds in all; the rest is left out")
     gpu.add_argument("--xpyd", type=serving.parse_xpyd, default=(1, 1), help="for serving (1P1D)")
     gpu.add_argument("--rates", type=float, nargs="+", default=serving.RATES, help="requests per second")
     gpu.add_argument("--seconds", type=float, default=15.0, help="how long each load arrives (15)")

@@ -181,8 +181,8 @@ class Run:
             self.save.add([not_run("ttft", NIXL, "added_ttft", "ms", "not installed: make peers")])
             return []
         return [
-            self.lab.engine(Spec("nixl-prefill", (0,), "nixl", kv_gib=8)),
-            self.lab.engine(Spec("nixl-decode", (1,), "nixl", graphs=graphs, kv_gib=8)),
+            self.lab.engine(Spec("nixl-prefill", (0,), "nixl", kv_gib=10)),
+            self.lab.engine(Spec("nixl-decode", (1,), "nixl", graphs=graphs, kv_gib=10)),
         ]
 
     def _start(

@@ -62,13 +62,12 @@ class Bench:
         return {"mode": self.mode} | more
 
 
-async def warm_up(bench: Bench, rounds: int = 2) -> None:
+async def warm_up(bench: Bench) -> None:
     """What engines, proxies and connections set up with their first requests is not measured."""
-    for _ in range(rounds):
-        for length in bench.scale.lengths:
-            request = body(bench.prompt(length), 4)
-            for url in bench.urls.values():
-                await stream(bench.session, url, request)
+    for length in (*bench.scale.lengths, *bench.scale.lengths[:-1]):
+        request = body(bench.prompt(length), 4)
+        for url in bench.urls.values():
+            await stream(bench.session, url, request)
 
 
 async def kv_matters(bench: Bench) -> list[Row]:
