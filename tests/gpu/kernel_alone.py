@@ -59,8 +59,8 @@ class Bench:
         tile = None
         if (s := copies.shape) is not None:
             tile = Tile(s.n1, s.n2, s.run, s.src1, s.src2, s.dst1, s.dst2)
-        table = Pinned(24 * src.size, self.context)
-        total = fill_table(table.array.view(np.uint64).reshape(3, -1), src, dst, length)
+        table = Pinned(24 * src.size + 8, self.context)
+        total = fill_table(table.array.view(np.uint64), src, dst, length)
         self.kernel.launch(
             table.address,
             src.size,

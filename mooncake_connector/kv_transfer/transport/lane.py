@@ -81,7 +81,7 @@ class Slot:
         self._lane = lane
         self._copied = device.Event(context)
         self._memory = device.Pinned(nbytes, context)
-        self._table = device.Pinned(24 * wire.MAX_FRAME_RANGES, context)
+        self._table = device.Pinned(24 * wire.MAX_FRAME_RANGES + 8, context)
         self.address: int = self._memory.address
         self.array: NDArray[np.uint8] = self._memory.array
 
@@ -130,7 +130,7 @@ class Slot:
         n = length.size
         try:
             if way is Way.KERNEL and n > KERNEL_RANGES and width_of(src, dst, length, None) == 16:
-                table = self._table.array[: 24 * n].view(np.uint64).reshape(3, n)
+                table = self._table.array[: 24 * n + 8].view(np.uint64)
                 total = fill_table(table, src, dst, length)
                 at = self._table.address
                 self._lane.kernel.launch(at, n, total, 16, stream.handle, blocks=KERNEL_BLOCKS)

@@ -4,7 +4,7 @@ import logging
 import threading
 from array import array
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -109,7 +109,11 @@ class Frame:
             if self.slot is not None:
                 self.slot.wait()
             self._head = array("B", self.head())
-            self.data = _behind(self._head, *(self._source() if self.write.path == "tcp" else ()))
+            if self.write.path == "tcp":
+                src, length = self._source()
+                self.data = _behind(self._head, src, length)
+            else:
+                self.data = _behind(self._head)
         return self.data
 
     def answered(self, status: int, said: bytes) -> None:
@@ -135,6 +139,8 @@ class Question:
     """A question: sent like a frame, answered in its turn."""
 
     __slots__ = ("_head", "_on_answer", "data", "nbytes", "number")
+
+    staged: ClassVar[None] = None
 
     def __init__(self, number: int, topic: str, body: bytes, on_answer: OnAnswer) -> None:
         self.number, self.nbytes = number, len(body)

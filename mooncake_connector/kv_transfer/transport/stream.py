@@ -97,7 +97,7 @@ class Stream:
 
     def write(self, rail: StreamRail, key: int, plan: CopyPlan, on_done: OnDone) -> None:
         """Enqueue a write, see `Rail.write`."""
-        staged = self.stages(rail, plan)
+        staged = self._staging.active and self.stages(rail, plan)
         most = LOAD_BYTES if staged else wire.MAX_FRAME_BYTES
         small = plan.length.size == 1 and int(plan.length[0]) <= most
         pieces = [plan] if small else list(plan.split(most, wire.MAX_FRAME_RANGES))
@@ -117,7 +117,7 @@ class Stream:
 
     def stages(self, rail: StreamRail, plan: CopyPlan) -> bool:
         """Whether a plan's source has to be staged, which takes waiting."""
-        return self._staging.active and rail.path == "tcp" and self._staging.covers(plan.src)
+        return rail.path == "tcp" and self._staging.covers(plan.src)
 
     def piece(self, rail: StreamRail, key: int, plan: CopyPlan, on_done: OnDone) -> Frame:
         """A write of one frame, not enqueued."""
@@ -299,7 +299,7 @@ class Stream:
         """Put frames into the queue: whether the caller is to send the first, by `_send_now`."""
         self._todo.extend(frames)
         first = frames[0]
-        waits = first.nbytes > SMALL_BYTES or (isinstance(first, Frame) and first.staged is not None)
+        waits = first.nbytes > SMALL_BYTES or first.staged is not None
         if self._busy or len(self._todo) > 1 or waits:
             self._changed.notify()
             return False
@@ -348,14 +348,15 @@ class Stream:
                     self._busy = True
                 if (entry := self._next()) is None:
                     return
-                if self._staging.active:
+                if staging := self._staging.active:
                     with self._changed:
                         ahead = [entry, *itertools.islice(self._todo, LOADS)]
                     loader.load(ahead)
                 data = entry.begin()
                 while data.left:
                     self._push(data, 0)
-                loader.sent(entry)
+                if staging:
+                    loader.sent(entry)
         except (OSError, EOFError, TransportError) as broken:
             reason = str(broken)
         finally:

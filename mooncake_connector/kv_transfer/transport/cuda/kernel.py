@@ -18,6 +18,9 @@ THREADS = 1024
 
 MAX_BLOCKS = 64
 
+SHARE = 16384
+"""Bytes that a warp takes at a time, at most."""
+
 _u64, _u32, _i64 = ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int64
 
 
@@ -35,7 +38,7 @@ class _Tiles(ctypes.Structure):
 
 class _Job(ctypes.Structure):
     _fields_ = [
-        *((name, _u64) for name in ("src", "dst", "end", "n", "total")),
+        *((name, _u64) for name in ("src", "dst", "end", "next", "n", "total", "share")),
         ("gate", GatePass),
         ("tiles", _Tiles),
     ]
@@ -82,25 +85,33 @@ class Scatter:
         """Enqueue the copy of `n` ranges of `total` bytes. Needs the context current.
 
         Args:
-            table: address of uint64 [3, n] as `fill_table` made it, reachable by the device when it runs.
+            table: address of the words that `fill_table` made, in the device's memory when it runs. Spoilt by it.
             width: from `width_of`.
             blocks: multiprocessors to use at most.
         """
-        job = _Job(table, table + 8 * n, table + 16 * n, n, total, gate or GatePass(), _Tiles())
-        if tile is not None:
-            job.tiles = _Tiles(tile.n2, tile.run, tile.src1, tile.src2, tile.dst1, tile.dst2)
         # A warp with less to carry than one burst is not worth a block.
         blocks = max(1, min(blocks, MAX_BLOCKS, -(-total // (THREADS * 16))))
+        share = min(max(total // (blocks * THREADS // 32 * 4) & -512, 512), SHARE)
+        end, counter = table + 16 * n, table + 24 * n
+        job = _Job(table, table + 8 * n, end, counter, n, total, share, gate or GatePass(), _Tiles())
+        if tile is not None:
+            job.tiles = _Tiles(tile.n2, tile.run, tile.src1, tile.src2, tile.dst1, tile.dst2)
         function = self._functions[f"{'ranges' if tile is None else 'tiles'}{width}"]
         parameters = ctypes.c_void_p(ctypes.addressof(job))
         at = ctypes.addressof(parameters)
         call("cuLaunchKernel", function, blocks, 1, 1, THREADS, 1, 1, 0, stream, at, 0)
 
 
-def fill_table(table: U64Array, src: U64Array, dst: U64Array, length: U64Array) -> int:
-    """Write source, target and running end of each range into `table` (uint64 [3, n]); the bytes in all."""
+def fill_table(words: U64Array, src: U64Array, dst: U64Array, length: U64Array) -> int:
+    """Write source, target and running end of n ranges, and a zero, into `words` (uint64 [3 n + 1]).
+
+    Returns:
+        The bytes in all.
+    """
+    table = words[:-1].reshape(3, src.size)
     table[0], table[1] = src, dst
     np.cumsum(length, out=table[2])
+    words[-1] = 0
     return int(table[2, -1])
 
 

@@ -41,9 +41,6 @@ COPY_ENGINE_BYTES = 1 << 20
 """From this mean length of ranges on copy engines are as fast as the kernel, and leave the multiprocessors
 to the model."""
 
-_FEW_RANGES = 64
-"""A table so small is read from host memory as fast as it could be copied."""
-
 log = logging.getLogger(__name__)
 
 OnDone = Callable[[Failure | None], None]
@@ -88,10 +85,10 @@ class _Launch:
         self._buffers += [self.host, self.device]
 
     def table(self, n: int) -> U64Array:
-        """uint64 [3, n] in page-locked memory."""
+        """uint64 [3 n + 1] in page-locked memory."""
         if n > self._capacity:
             self._grow(1 << (n - 1).bit_length())
-        return self.host.array[: 24 * n].view(np.uint64).reshape(3, n)
+        return self.host.array[: 24 * n + 8].view(np.uint64)
 
     def close(self) -> None:
         self.event.close()
@@ -229,10 +226,8 @@ class CudaRail:
             return False
         n = plan.length.size
         total = fill_table(launch.table(n), plan.src, plan.dst, plan.length)
-        table = launch.host.address
-        if n > _FEW_RANGES:
-            copy_async(launch.device.address, table, 24 * n, stream)
-            table = launch.device.address
+        table = launch.device.address
+        copy_async(table, launch.host.address, 24 * n + 8, stream)
         width = width_of(plan.src, plan.dst, plan.length, plan.tile)
         blocks = self._policy.blocks
         self._scatter.launch(table, n, total, width, stream, blocks=blocks, tile=plan.tile, gate=gate)

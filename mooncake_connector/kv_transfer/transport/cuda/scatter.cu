@@ -1,15 +1,13 @@
 // Copies many ranges from this GPU's memory into another's (or its own), with few blocks.
 //
-// Ranges lie end to end in one long line of bytes; each warp has an equal, contiguous share of that line and
-// keeps UNROLL independent loads in flight, whatever the sizes of the ranges are. So pages of 16 KiB go as
-// fast as one bulk copy, and no block waits for another.
+// Ranges lie end to end in one long line of bytes; warps take shares of that line, one after the other as they
+// get ready, and keep UNROLL independent loads in flight whatever the sizes of the ranges are. So the size of
+// pages hardly matters, and multiprocessors that are farther from the link don't make others wait.
 
 typedef unsigned long long u64;
 typedef unsigned int u32;
 
 constexpr u32 UNROLL = 8;
-constexpr u64 CUT = 512;  // shares begin at multiples: 32 lanes of 16 bytes
-
 struct Gate {        // in memory of the target's process, which may close it at any time
     u64 closed;      // addresses; 0: there is no gate
     u64 grant;       // of the word that holds `key` while the grant lives
@@ -26,7 +24,8 @@ struct Tiles {       // every range is n1 x n2 runs, set apart by strides on bot
 
 struct Job {
     u64 src, dst, end;  // addresses of arrays [n]; end: where each range ends in the line of bytes
-    u64 n, total;
+    u64 next;           // address of the count of shares that were taken beyond the first of each warp
+    u64 n, total, share;
     Gate gate;
     Tiles tiles;
 };
@@ -106,27 +105,35 @@ __device__ void copy_tile(char* dst, const char* src, const Tiles& t, u32 from, 
     }
 }
 
+// The range that holds byte `at`. Pages are mostly of one size, so the first guess mostly is right.
+__device__ u64 find(const u64* end, const Job& job, u64 at) {
+    const u64 guess = u64(double(at) * double(job.n) / double(job.total));
+    if (guess < job.n && end[guess] > at && (!guess || end[guess - 1] <= at)) return guess;
+    u64 low = 0, high = job.n - 1;
+    while (low < high) {
+        const u64 middle = (low + high) / 2;
+        if (end[middle] > at) high = middle; else low = middle + 1;
+    }
+    return low;
+}
+
 template <typename V, bool TILED>
 __device__ void scatter(const Job& job) {
     if (!enter(job.gate)) return;
     const u64* src = reinterpret_cast<const u64*>(job.src);
     const u64* dst = reinterpret_cast<const u64*>(job.dst);
     const u64* end = reinterpret_cast<const u64*>(job.end);
+    u64* next = reinterpret_cast<u64*>(job.next);
     const u32 lane = threadIdx.x % 32;
-    const u64 warps = gridDim.x * (blockDim.x / 32);
-    const u64 warp = (threadIdx.x / 32) * gridDim.x + blockIdx.x;
-    const u64 share = ((job.total + warps - 1) / warps + CUT - 1) / CUT * CUT;
-    u64 at = share * warp;
-    const u64 stop = at + share < job.total ? at + share : job.total;
-    if (at < stop) {
-        u64 low = 0, high = job.n - 1;  // the first range that ends after `at`
-        while (low < high) {
-            const u64 middle = (low + high) / 2;
-            if (end[middle] > at) high = middle; else low = middle + 1;
-        }
-        u64 begin = low ? end[low - 1] : 0;
-        for (u64 r = low; at < stop; ++r) {
-            const u64 until = end[r] < stop ? end[r] : stop;
+    u64 ticket = (threadIdx.x / 32) * gridDim.x + blockIdx.x;
+    for (;;) {
+        u64 at = ticket * job.share;
+        if (at >= job.total) break;
+        const u64 stop = at + job.share < job.total ? at + job.share : job.total;
+        u64 r = find(end, job, at);
+        u64 begin = r ? end[r - 1] : 0;
+        for (; at < stop; ++r) {
+            const u64 over = end[r], until = over < stop ? over : stop;
             char* to = reinterpret_cast<char*>(dst[r]);
             const char* from = reinterpret_cast<const char*>(src[r]);
             if (TILED)
@@ -134,8 +141,10 @@ __device__ void scatter(const Job& job) {
             else
                 copy_range<V>(to + (at - begin), from + (at - begin), until - at, lane);
             at = until;
-            begin = end[r];
+            begin = over;
         }
+        if (lane == 0) ticket = atomicAdd(next, 1ull) + gridDim.x * (blockDim.x / 32);
+        ticket = __shfl_sync(~0u, ticket, 0);
     }
     leave(job.gate);
 }

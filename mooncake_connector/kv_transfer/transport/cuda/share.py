@@ -6,7 +6,8 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,6 +17,9 @@ from mooncake_connector.errors import TransportError
 from mooncake_connector.kv_transfer.memory import Ranges, Region
 from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.transport.cuda.driver import Context, bindings, call
+
+PIECE = 2 << 20
+"""The granularity of virtual memory on all devices."""
 
 _SYS_PIDFD_GETFD = 438
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -67,8 +71,11 @@ class Exports:
             with context:
                 while at < end:
                     if (known := self._at(at)) is None:
-                        known = _export(at)
-                        self._allocations[known.base] = known
+                        for made in _export(at):
+                            self._allocations.setdefault(made.base, made)
+                        known = self._at(at)
+                    if known is None:
+                        raise TransportError(f"{at:#x} is no GPU memory that could be shared")
                     at = known.base + known.nbytes
             self.context = context
             self._regions.add(region)
@@ -115,26 +122,44 @@ def _no_ranges() -> Ranges:
     return Ranges(empty, empty)
 
 
-def _export(address: int) -> Allocation:
+def _export(address: int) -> Iterator[Allocation]:
+    """The allocation that holds an address; all that are mapped side by side if it is of virtual memory."""
     driver = bindings()
     attribute = driver.CUpointer_attribute
     base = int(call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, address))
     nbytes = int(call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_RANGE_SIZE, address))
     if call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE, address):
-        return Allocation(base, nbytes, handle=bytes(call("cuIpcGetMemHandle", base).reserved))
+        yield Allocation(base, nbytes, handle=bytes(call("cuIpcGetMemHandle", base).reserved))
+        return
     posix = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
     try:
-        handle = call("cuMemRetainAllocationHandle", address)
-        try:
-            fd = int(call("cuMemExportToShareableHandle", handle, posix, 0))
-        finally:
-            call("cuMemRelease", handle)
+        for at, size, handle in _mappings(base, nbytes):
+            try:
+                fd = int(call("cuMemExportToShareableHandle", handle, posix, 0))
+            finally:
+                call("cuMemRelease", handle)
+            yield Allocation(at, size, fd=fd)
     except TransportError as refused:
         raise TransportError(
             f"GPU memory at {address:#x} can't be shared with other processes: {refused}; "
             "allocate KV with cudaMalloc (PYTORCH_CUDA_ALLOC_CONF without expandable_segments, no sleep mode)"
         ) from refused
-    return Allocation(base, nbytes, fd=fd)
+
+
+def _mappings(base: int, nbytes: int) -> Iterator[tuple[int, int, Any]]:
+    """Address, size and handle of each piece of memory that is mapped into a range of virtual memory.
+
+    The driver tells the extent of what is mapped without a gap, not of each piece.
+    """
+    begin, held = base, call("cuMemRetainAllocationHandle", base)
+    for at in range(base + PIECE, base + nbytes, PIECE):
+        handle = call("cuMemRetainAllocationHandle", at)
+        if int(handle) == int(held):
+            call("cuMemRelease", handle)
+        else:
+            yield begin, at - begin, held
+            begin, held = at, handle
+    yield begin, base + nbytes - begin, held
 
 
 class Imports:
