@@ -91,7 +91,6 @@ class Half:
             self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.engine = TransferEngine(TransferConfig(path=path))
         self.peers: dict[str, Peer] = {}
-        self._ballast: torch.Tensor | None = None
         self._storm: threading.Thread | None = None
         self._stop = threading.Event()
         self._landed, self._under_way, self._ended = 0, 0, ""
@@ -101,7 +100,6 @@ class Half:
         self.engine.close()
         if self._storm is not None:
             self._storm.join(20)
-        self._ballast = None
         self.memory = torch.empty(0)
         if self._vmm is not None:
             self._vmm.close()
@@ -162,10 +160,6 @@ class Half:
             if time.monotonic() > end:
                 return looks, 0
             time.sleep(0.01)
-
-    def hold(self, nbytes: int) -> None:
-        """Take more of the GPU's memory."""
-        self._ballast = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def free_bytes(self) -> int:
         """Free on the GPU, whoever uses the rest."""

@@ -102,6 +102,10 @@ class Process:
         method, self._method = self._method, ""
         return self._receive(seconds, method)
 
+    def ended(self, seconds: float) -> bool:
+        """Whether the call that was begun has a result, at the latest after so many seconds."""
+        return self._calls.poll(seconds)
+
     def _receive(self, seconds: float, what: str) -> Any:
         if not self._calls.poll(seconds):
             raise RemoteError(f"{what}: no answer in {seconds} s from process {self.pid}")
@@ -125,8 +129,13 @@ class Process:
         assert self._process.exitcode is not None, f"process {self.pid} outlives SIGKILL by 30 s"
         return time.monotonic() - began
 
+    @property
+    def running(self) -> bool:
+        """Whether a call was begun and not ended."""
+        return bool(self._method)
+
     def healthy(self) -> bool:
-        return self._process.is_alive() and not self._method
+        return self._process.is_alive() and not self.running
 
     def close(self) -> None:
         if self._process.is_alive():

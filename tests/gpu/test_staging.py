@@ -92,17 +92,17 @@ def test_data_that_a_stream_has_yet_to_write(processes: Processes, where: Where)
 
 @pytest.mark.parametrize("where", [*GPUS, PLACES[3]])
 def test_fenced_in_the_middle_of_writes(processes: Processes, where: Where) -> None:
-    test_fences.test_fenced_in_the_middle_of_writes(processes, where)
+    test_fences.test_fenced_in_the_middle_of_writes(processes, where, "pages")
 
 
 @pytest.mark.parametrize("where", GPUS[-1:])
 def test_fenced_while_the_initiator_is_stopped(processes: Processes, where: Where) -> None:
-    test_fences.test_fenced_while_the_initiator_is_stopped(processes, where)
+    test_fences.test_fenced_while_the_initiator_is_stopped(processes, where, "pages")
 
 
 @pytest.mark.parametrize("where", GPUS[-1:])
 def test_fenced_before_its_data_is_there(processes: Processes, where: Where) -> None:
-    test_fences.test_fenced_before_its_data_is_there(processes, where)
+    test_fences.test_fenced_before_its_data_is_there(processes, where, "pages")
 
 
 @pytest.mark.parametrize("where", GPUS[-1:])
