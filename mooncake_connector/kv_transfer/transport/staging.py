@@ -66,7 +66,7 @@ class Staging:
 
     def covers(self, address: U64Array) -> bool:
         """Whether any of these addresses (uint64 [n]) is in GPU memory."""
-        return bool(self.on_gpu(address).any())
+        return self.active and bool(self.on_gpu(address).any())
 
     def on_gpu(self, address: U64Array) -> NDArray[np.bool_]:
         """Which of these addresses (uint64 [n]) are in GPU memory: [n]."""
