@@ -61,8 +61,10 @@ class Bench:
             tile = Tile(s.n1, s.n2, s.run, s.src1, s.src2, s.dst1, s.dst2)
         table = Pinned(24 * src.size + 8, self.context)
         total = fill_table(table.array.view(np.uint64), src, dst, length)
+        words = DeviceBuffer(24 * src.size + 8, self.context)
+        copy_async(words.address, table.address, 24 * src.size + 8, self.stream.handle)
         self.kernel.launch(
-            table.address,
+            words.address,
             src.size,
             total,
             width_of(src, dst, length, tile),
@@ -74,6 +76,7 @@ class Bench:
         copy_async(self.host.address, self.target.address, self.nbytes, self.stream.handle)
         self.stream.synchronize()
         table.close()
+        words.close()
         expected = np.zeros(self.nbytes, np.uint8)
         if gate is None or gate.key == self.granted:
             for a, b, n in zip(*copies.runs(), strict=True):
@@ -119,6 +122,11 @@ def plans(rng: random.Random) -> dict[str, Copies]:
 
 
 def main(fault: str) -> int:
+    with Context.of(0):
+        return run(fault)
+
+
+def run(fault: str) -> int:
     bench = Bench(NBYTES)
     wrong = 0
     if fault:
