@@ -1,14 +1,14 @@
 """Decode's answer on its way to the client, and the ways in which there is none."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 import aiohttp
 import msgspec
 
 from mooncake_connector.errors import MooncakeError
 from mooncake_connector.scheduler.engines.base import told
-from mooncake_connector.scheduler.first_token import Mismatch, Splice
+from mooncake_connector.scheduler.first_token import Early, Mismatch, Splice
 from mooncake_connector.scheduler.policy import Choice
 from mooncake_connector.scheduler.timeline import Timeline
 
@@ -52,7 +52,9 @@ class Answer:
 
     Attributes:
         transfer_id: names it to both engines' connectors; empty if decode serves alone.
-        early: whether `first` is prefill's first token.
+        early: what `first` is, if it is prefill's first token.
+        again: called if decode's stream does not go on from that: another stream from its beginning, which
+            does; raises `DecodeFailed`.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Answer:
         release: Callable[[], None],
         timeline: Timeline,
         reading: asyncio.Task[bytes] | None = None,
-        splice: Splice | None = None,
+        early: Early | None = None,
     ) -> None:
         self.choice = choice
         self.transfer_id = ""
@@ -73,11 +75,13 @@ class Answer:
         self.first = first
         self.streamed = streamed
         self.prefill: asyncio.Task[bytes] | None = None
-        self.early = splice is not None
+        self.early = early
+        self.again: Callable[[str], Awaitable[Answer]] | None = None
         self._reply = reply
         self._release = release
         self._timeline = timeline
-        self._reading, self._splice = reading, splice
+        self._reading = reading
+        self._second: Answer | None = None
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """`first` and what follows it, as it comes.
@@ -85,27 +89,51 @@ class Answer:
         Raises:
             StreamBroken: the engine went away.
         """
-        splice = self._splice
         yield self.first
+        if self.early is None:
+            async for chunk in self._read():
+                yield chunk
+            return
+        splice = Splice(self.early)
         try:
-            if self._reading and splice:
-                chunk = await self._reading
+            async for chunk in _spliced(self._read(), splice):
+                yield chunk
+            return
+        except (StreamBroken, Mismatch) as error:
+            if splice.begun or self.again is None:
+                raise StreamBroken(str(error)) from None
+            failure = error
+        try:
+            self._second = await self.again(str(failure))
+            async for chunk in _spliced(self._second.chunks(), Splice(self.early)):
+                yield chunk
+        except (DecodeFailed, Mismatch) as error:
+            raise StreamBroken(f"{failure}; and again: {error}") from None
+
+    async def _read(self) -> AsyncIterator[bytes]:
+        try:
+            if self._reading:
+                first = await self._reading
                 self._timeline.mark("decode_first")
-                yield splice.feed(chunk)
+                yield first
             async for chunk in self._reply.content.iter_any():
-                yield splice.feed(chunk) if splice else chunk
+                yield chunk
             self._timeline.mark("decode_end")
-            if splice:
-                yield splice.end()
         except BROKEN as error:
             raise StreamBroken(f"decode {self.choice.decode} broke off: {told(error)}") from None
-        except Mismatch as error:
-            raise StreamBroken(f"decode {self.choice.decode} goes on differently: {error}") from None
 
     def close(self) -> None:
         """Let go of the engine; an answer that isn't at its end is aborted there."""
         self._release()
+        if self._second:
+            self._second.close()
         if self._reading:
             self._reading.cancel()
         if self.streamed and not self._reply.content.at_eof():
             self._reply.close()
+
+
+async def _spliced(chunks: AsyncIterator[bytes], splice: Splice) -> AsyncIterator[bytes]:
+    async for chunk in chunks:
+        yield splice.feed(chunk)
+    yield splice.end()

@@ -6,6 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -20,7 +21,7 @@ from mooncake_connector.scheduler.answer import (
     Reply,
 )
 from mooncake_connector.scheduler.engines.base import Engine, told
-from mooncake_connector.scheduler.first_token import Early, EarlyReader, Splice, eligible
+from mooncake_connector.scheduler.first_token import Early, EarlyReader, eligible
 from mooncake_connector.scheduler.metrics import ProxyMetrics
 from mooncake_connector.scheduler.openai import COMPLETIONS, ClientRequest
 from mooncake_connector.scheduler.policy import Choice, Demand, Policy
@@ -182,6 +183,7 @@ class Dispatcher:
             answer = await _first(prefill, opening)
             answer.prefill = prefill
             answer.transfer_id = transfer_id if params else ""
+            answer.again = partial(self._again, request, headers, answer, timeline)
             if early:
                 self._metrics.first_tokens.labels("prefill" if answer.early else "decode").inc()
             return answer
@@ -196,6 +198,33 @@ class Dispatcher:
                 release()
                 if source and prefill and (prefill.cancelled() or not prefill.exception()):
                     self._keep(asyncio.create_task(self._release(source, request, headers, transfer_id)))
+
+    async def _again(
+        self,
+        request: ClientRequest,
+        headers: Mapping[str, str],
+        answer: Answer,
+        timeline: Timeline,
+        why: str,
+    ) -> Answer:
+        """The client has prefill's token, but decode did not get it: decode alone, told to begin with it."""
+        log.warning("%s; decode computes the prompt itself", why)
+        self._metrics.retries.labels("decode").inc()
+        asked = self._engine.timeline_body(request, answer.transfer_id)
+        known = self._engine.prefill_params(await self._aside(answer.choice.prefill or "", asked, headers))
+        token = (known or {}).get("first_token", -1)
+        demand = Demand(request.prompt_tokens, "decode_failed", frozenset({answer.choice.decode}))
+        choice = self._policy.choose(self._pool.snapshot(), demand)
+        if choice is None or token < 0:
+            raise DecodeFailed("nobody can tell or use the token any more")
+        release = self._pool[choice.decode].lease(request.prompt_tokens)
+        body = self._engine.decode_body(request, {"first_token": token})
+        try:
+            decode = self._pool[choice.decode]
+            return await self._open(decode, choice, request, headers, body, release, timeline, None)
+        except BaseException:
+            release()
+            raise
 
     async def _prefill(
         self,
@@ -270,8 +299,7 @@ class Dispatcher:
                 await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
                 if not reading.done() and (known := early.result()):
                     opened = True
-                    splice = Splice(known)
-                    return Answer(choice, reply, known.events, True, release, timeline, reading, splice)
+                    return Answer(choice, reply, known.events, True, release, timeline, reading, known)
             first = await (reading or (reply.content.readany() if streamed else reply.read()))
             timeline.mark("decode_first")
             said = Reply(reply.status, reply.headers, first)

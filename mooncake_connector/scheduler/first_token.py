@@ -31,7 +31,7 @@ _NEEDS_DECODE = (
 
 
 class Mismatch(MooncakeError):
-    """Decode's stream does not begin with what the client got from prefill: one of them is at fault."""
+    """Decode's stream does not go on from what the client has got from prefill."""
 
 
 def eligible(request: ClientRequest) -> bool:
@@ -112,6 +112,11 @@ class Splice:
             return self._events.rest() + chunk
         return b"".join([self._next(event) for event in self._events.feed(chunk)])
 
+    @property
+    def begun(self) -> bool:
+        """Whether decode's stream has come to where prefill's left off."""
+        return not self._due
+
     def end(self) -> bytes:
         """What is left when decode's stream has ended.
 
@@ -128,8 +133,8 @@ class Splice:
         if event.startswith(DONE):
             self.end()
         found = _parse(event)
-        if "error" in found:
-            self._due = ""
+        if error := found.get("error"):
+            raise Mismatch(f"decode failed: {error.get('message') if isinstance(error, dict) else error}")
         if not (choices := found.get("choices")):
             return event
         if (created := found.get("created", 0)) != self._early.created:

@@ -61,6 +61,8 @@ class FakeEngine:
         self.delay = 0.0
         self.gap = self.first_gap = 0.0
         self.stream = events()
+        self.later_streams: list[list[bytes]] = []
+        self.sampled = -1
         self.break_after: int | None = None
         self.answer = (
             b'{"id":"x", "choices":[{"text":"hi","index":0,"finish_reason":"stop"}],  "object":"text"}'
@@ -143,7 +145,8 @@ class FakeEngine:
             return web.json_response({"choices": []})
         if (body.get("kv_transfer_params") or {}).get("timeline"):
             assert body["max_tokens"] == 1
-            return web.json_response({"choices": [], "kv_transfer_params": {"timeline": {"received": 1.5}}})
+            told = {"timeline": {"received": 1.5}, "first_token": self.sampled}
+            return web.json_response({"choices": [], "kv_transfer_params": told})
         call = Call(request.path, body, raw, request.headers.copy(), time.monotonic())
         self.calls.append(call)
         try:
@@ -186,7 +189,10 @@ class FakeEngine:
             await response.write(b'data: {"error": {"message": "load failed", "code": 500}}\n\n')
             return response
         await asyncio.sleep(self.first_gap)
-        for at, chunk in enumerate(self.stream):
+        stream = self.stream
+        if self.later_streams:
+            self.stream = self.later_streams.pop(0)
+        for at, chunk in enumerate(stream):
             if at == self.break_after:
                 with contextlib.suppress(Exception):
                     request.transport.abort()

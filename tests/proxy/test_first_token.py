@@ -128,6 +128,38 @@ async def test_a_different_token_ends_the_stream_with_an_error(start: Start):
     assert setting.count("requests_total", path="/v1/completions", outcome="stream_broken") == 1
 
 
+@pytest.mark.parametrize(
+    "bad", [[event("Ho")], [b'data: {"error": {"message": "load failed"}}\n\n'], [event("H")]]
+)
+async def test_decode_that_did_not_get_the_token_is_told(start: Start, bad: list[bytes]):
+    """Its load failed: it computes the prompt itself, and would draw another token."""
+    prefill, decode = engines()
+    decode[0].first_gap = 0.1
+    prefill[0].sampled = 17
+    decode[0].later_streams = [decode[0].stream]
+    decode[0].stream = [*bad, DONE]
+    setting = await start(prefill, decode, first_token="prefill")
+    first, rest, by = await first_chunk(setting)
+    assert by == "prefill"
+    assert text(first + rest) == "Hi you"
+    assert rest.endswith(DONE)
+    assert b"error" not in rest
+    assert decode[0].calls[1].params == {"first_token": 17}
+    assert setting.count("requests_total", path="/v1/completions", outcome="ok") == 1
+    await setting.settled(lambda proxy: all(i.requests == 0 for i in proxy.pool))
+
+
+async def test_another_decode_takes_over_after_prefills_token(start: Start):
+    prefill, (dying,) = engines()
+    _, (other,) = engines()
+    prefill[0].sampled = 17
+    dying.first_gap, dying.break_after = 0.1, 0
+    setting = await start(prefill, [dying, other], first_token="prefill")
+    first, rest, _ = await first_chunk(setting)
+    assert text(first + rest) == "Hi you"
+    assert other.calls[0].params == {"first_token": 17}
+
+
 async def test_decode_that_dies_after_prefills_token(start: Start):
     prefill, decode = engines()
     decode[0].first_gap, decode[0].break_after = 0.1, 0

@@ -176,11 +176,22 @@ def test_a_finish_reason_is_kept_without_its_text() -> None:
     assert last["choices"][0]["finish_reason"] == "length"
 
 
-def test_an_error_of_decode_is_passed_on() -> None:
+def test_an_error_in_place_of_the_first_token() -> None:
     early = read(text_event("Hi", "length"))
     assert early is not None
-    failed = event({"error": {"message": "load failed"}})
     splice = Splice(early)
+    with pytest.raises(Mismatch, match="load failed"):
+        splice.feed(event({"error": {"message": "load failed"}}))
+    assert not splice.begun
+
+
+def test_an_error_later_is_passed_on() -> None:
+    early = read(text_event("Hi", "length"))
+    assert early is not None
+    splice = Splice(early)
+    assert splice.feed(text_event("Hi")) == b""
+    assert splice.begun
+    failed = event({"error": {"message": "load failed"}})
     assert splice.feed(failed) == failed
     assert splice.end() == b""
 

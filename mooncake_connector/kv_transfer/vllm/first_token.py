@@ -17,6 +17,34 @@ logger = logging.getLogger(__name__)
 _tokens: dict[str, int] = {}  # a process has one worker
 
 
+class Forced:
+    """Scheduler's side: which requests must sample which token after their prompts, until they do."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, tuple[int, int]] = {}
+
+    def add(self, request_id: str, token: int, num_prompt_tokens: int) -> None:
+        self._tokens[request_id] = (token, num_prompt_tokens)
+
+    def discard(self, request_id: str) -> None:
+        self._tokens.pop(request_id, None)
+
+    def due(self, output: Any) -> dict[str, int]:
+        """Tokens, by request id, of the step that was just scheduled: those whose prompts end in it."""
+        if not self._tokens:
+            return {}
+        starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        due = {}
+        for request_id in self._tokens.keys() & starts.keys():
+            token, num_prompt_tokens = self._tokens[request_id]
+            if starts[request_id] + output.num_scheduled_tokens[request_id] >= num_prompt_tokens:
+                due[request_id] = token
+                del self._tokens[request_id]
+        return due
+
+
 def force(tokens: Mapping[str, int]) -> None:
     """In the step that begins now, these requests (by id) sample these tokens, and no others do."""
     _tokens.clear()

@@ -35,7 +35,6 @@ class Receive:
     num_prompt_tokens: int
     request: Any
     wants_token: bool = False  # that prefill samples, to go on from it
-    first_token: int = -1  # ... and here it is, not yet used
     sibling: bool = False
     asked: bool = False  # the scheduler has allocated its blocks: reserved or not, it is never asked again
     loading: bool = False

@@ -25,6 +25,7 @@ from mooncake_connector.kv_transfer.push import Chunk
 from mooncake_connector.kv_transfer.session import Outcome
 from mooncake_connector.kv_transfer.side_channel import Client, address_of, split_address
 from mooncake_connector.kv_transfer.vllm.compat import preempted_ids, transfer_group_ids
+from mooncake_connector.kv_transfer.vllm.first_token import Forced
 from mooncake_connector.kv_transfer.vllm.kv_layout import groups_of
 from mooncake_connector.kv_transfer.vllm.loads import Loads
 from mooncake_connector.kv_transfer.vllm.metadata import StepMetadata, WorkerHandshake
@@ -74,7 +75,7 @@ class SchedulerSide:
         self._reports: dict[str, list[LoadReport]] = {}
         self._loads = Loads()
         self._idle = False
-        self._forced: set[str] = set()
+        self._forced = Forced()
         self._unanswered: dict[str, Receive] = {}
         self._timelines = Timelines()
 
@@ -99,6 +100,8 @@ class SchedulerSide:
             return
         if not request.prompt_token_ids:
             return  # prompt embeddings have no token ids to recognise the prompt by
+        if type(given := params.get("first_token")) is int:
+            self._forced.add(request.request_id, given, request.num_prompt_tokens)
         if params.get("do_remote_decode"):
             if not self._produces:
                 logger.warning("request %s asks a %s to prefill for others", request.request_id, self._role)
@@ -252,16 +255,7 @@ class SchedulerSide:
             if (receive := self._receives.get(new.req_id)) is not None:
                 mark(receive.moments, "scheduled")
                 self._unanswered[new.req_id] = receive
-        if not self._forced:
-            return
-        starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
-        cached = output.scheduled_cached_reqs
-        starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        for request_id in self._forced & starts.keys():
-            receive = self._receives[request_id]
-            if starts[request_id] + output.num_scheduled_tokens[request_id] >= receive.num_prompt_tokens:
-                meta.first_tokens[request_id] = receive.first_token
-        self._forced -= meta.first_tokens.keys()
+        meta.first_tokens = self._forced.due(output)
 
     def loaded(self, in_outputs: Collection[str]) -> set[str]:
         """Which loads vLLM must be told to be over; a step's output has come.
@@ -302,8 +296,7 @@ class SchedulerSide:
         reports = self._reports.get(request_id, [])
         tokens = {r.first_token if r.outcome is Outcome.LOADED else -1 for r in reports}
         if len(tokens) == 1 and (token := tokens.pop()) >= 0:
-            receive.first_token = token
-            self._forced.add(request_id)
+            self._forced.add(request_id, token, receive.num_prompt_tokens)
         elif receive.wants_token:
             logger.warning("request %s samples its first token itself: prefill's did not come", request_id)
 
@@ -316,10 +309,11 @@ class SchedulerSide:
             Whether its blocks must be held for us, and the parameters for its answer.
         """
         params = request.kv_transfer_params or {}
+        self._forced.discard(request.request_id)
         if params.get("probe"):
             return False, self.describe()
         if asked := params.get("timeline"):
-            return False, {"timeline": self._timelines.get(str(asked))}
+            return False, self._timelines.get(str(asked))
         if (receive := self._receives.pop(request.request_id, None)) is not None:
             return False, self._receive_finished(request.request_id, receive)
         if (send := self._sends.pop(request.request_id, None)) is None:
@@ -329,10 +323,11 @@ class SchedulerSide:
         if not held:
             return False, None
         mark(send.moments, "prefilled")
-        self._timelines.keep(send.id[0], send.moments)
+        first_token = request.output_token_ids[0] if request.num_output_tokens else -1
+        self._timelines.keep(send.id[0], send.moments, first_token)
         if params.get("first_token"):
             for client, token in self._workers:
-                client.send(LocalFirstToken(token, request.request_id, request.output_token_ids[0]))
+                client.send(LocalFirstToken(token, request.request_id, first_token))
         host, port = split_address(self._handshakes[0].address)
         return True, {
             "do_remote_prefill": True,
@@ -356,7 +351,6 @@ class SchedulerSide:
         elif receive.loading:
             for client, token in self._workers:
                 client.send(LocalAbort(token, request_id))
-        self._forced.discard(request_id)
         self._unanswered.pop(request_id, None)
         mark(receive.moments, "finished")
         self._timelines.keep(receive.id[0], receive.moments)

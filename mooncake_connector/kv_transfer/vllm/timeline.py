@@ -45,13 +45,14 @@ class Timelines:
     """Those of the last requests, for who asks later: answers that are streamed can't carry them."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[str, Moments] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[Moments, int]] = OrderedDict()
 
-    def keep(self, transfer_id: str, moments: Moments) -> None:
-        self._kept[transfer_id] = moments
+    def keep(self, transfer_id: str, moments: Moments, first_token: int = -1) -> None:
+        self._kept[transfer_id] = (moments, first_token)
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
 
-    def get(self, transfer_id: str) -> Moments:
-        """Empty if it is not known (any more)."""
-        return self._kept.get(transfer_id, {})
+    def get(self, transfer_id: str) -> dict[str, Any]:
+        """Parameters for an answer; nothing in them if it is not known (any more)."""
+        moments, first_token = self._kept.get(transfer_id, ({}, -1))
+        return {"timeline": moments, "first_token": first_token}
