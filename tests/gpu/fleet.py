@@ -41,6 +41,7 @@ class Shape:
         gpus: tensor-parallel over these.
         eager: no CUDA graphs.
         block: tokens of a block.
+        dtype: of the model. FlashAttention reads KV in fp8 for bfloat16 only.
     """
 
     role: Role | None
@@ -49,6 +50,7 @@ class Shape:
     args: tuple[str, ...] = ()
     eager: bool = True
     block: int = 16
+    dtype: str = "float16"
 
 
 SHAPES = {
@@ -66,9 +68,9 @@ SHAPES = {
     "one mla": Shape(None, (0,), "mla"),
     "p mla": Shape("producer", (0,), "mla", args=CHUNKS),
     "d mla": Shape("consumer", (1,), "mla"),
-    "one fp8": Shape(None, (1,), args=FP8),
-    "p fp8": Shape("producer", (0,), args=(*FP8, *CHUNKS)),
-    "d fp8": Shape("consumer", (1,), args=FP8),
+    "one fp8": Shape(None, (1,), args=FP8, dtype="bfloat16"),
+    "p fp8": Shape("producer", (0,), args=(*FP8, *CHUNKS), dtype="bfloat16"),
+    "d fp8": Shape("consumer", (1,), args=FP8, dtype="bfloat16"),
 }
 
 
@@ -119,7 +121,7 @@ class Fleet:
 
     def _made(self, name: str, model: Path) -> LocalEngine:
         shape = SHAPES[name]
-        args = ["--dtype", "float16", "--max-model-len", str(MAX_TOKENS), "--block-size", str(shape.block)]
+        args = ["--dtype", shape.dtype, "--max-model-len", str(MAX_TOKENS), "--block-size", str(shape.block)]
         args += ["--kv-cache-memory-bytes", str(1 << 30), "--gpu-memory-utilization", "0.04"]
         args += ["--max-num-seqs", "32", "--tensor-parallel-size", str(len(shape.gpus))]
         args += ["--disable-custom-all-reduce", *(["--enforce-eager"] if shape.eager else []), *shape.args]

@@ -131,10 +131,10 @@ def test_every_pair(fleet: Fleet, prefill: str, decode: str, tolerance: float) -
             id=name,
             marks=[pytest.mark.gpus(2), pytest.mark.engines(f"one {kind}", f"p {kind}", f"d {kind}")],
         )
-        # In fp8 a value that rounds the other way is off by up to a sixteenth.
+        # A value in fp8 that rounds the other way is off by up to a sixteenth.
         for name, kind, tolerance, least in (
             ("latent attention", "mla", 0.25, 0.6),
-            ("KV in fp8", "fp8", 0.6, 0.25),
+            ("KV in fp8", "fp8", 0.6, 0.2),
         )
     ],
 )
