@@ -85,7 +85,7 @@ class Scatter:
         """Enqueue the copy of `n` ranges of `total` bytes. Needs the context current.
 
         Args:
-            table: address of the words that `fill_table` made, in the device's memory when it runs. Spoilt by it.
+            table: address of the words that `fill_table` made; spoilt by the copy. Best in the device's memory.
             width: from `width_of`.
             blocks: multiprocessors to use at most.
         """
