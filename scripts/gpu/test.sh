@@ -9,7 +9,9 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
-sees_gpus='import torch, pytest; raise SystemExit(not torch.cuda.is_available())'
+sees_gpus='import sys, pytest, torch
+print("python", sys.version.split()[0], "torch", torch.__version__, "GPUs", torch.cuda.device_count())
+raise SystemExit(not torch.cuda.is_available())'
 for python in "${MOONCAKE_TEST_PYTHON:-}" .venv/bin/python python3 none; do
     [ "$python" = none ] && { echo "no Python here whose torch sees a GPU (MOONCAKE_TEST_PYTHON names one)" >&2; exit 2; }
     [ -n "$python" ] && "$python" -c "$sees_gpus" 2>/dev/null && break
@@ -26,6 +28,5 @@ PYTHON
 [ -z "$lack" ] || { echo "$python lacks: $lack" >&2; exit 2; }
 
 nvidia-smi --query-gpu=index,name,driver_version,memory.used --format=csv,noheader
-"$python" -c 'import sys, torch; print("python", sys.version.split()[0], "torch", torch.__version__)'
 # Unknown to pytest where its asyncio plugin is missing, which no test here needs.
 exec "$python" -m pytest tests/gpu -v -s --durations=10 -W 'ignore:Unknown config option' "$@"

@@ -114,16 +114,17 @@ def check(initiator: Process, target: Process, plans: dict[str, Copies]) -> None
     """Run each plan into guarded memory, and look at every byte of it."""
     initiator.call("fill", seed=1)
     wrong = {}
-    total = 0
+    total, ranges, seconds, carriers = 0, 0, 0.0, set()
     for name, copies in plans.items():
         target.call("fill", seed=GUARD)
         took, rails = initiator.call("write", peer="t", copies=copies)
-        total += copies.nbytes
-        print(f"{name}: {copies.length.size} ranges, {copies.nbytes} bytes, {1e3 * took:.2f} ms by {rails}")
         assert rails, "nothing says what carried it"
+        total, ranges, seconds = total + copies.nbytes, ranges + copies.length.size, seconds + took
+        carriers |= set(rails)
         if said := target.call("wrong", seed=1, copies=[copies]):
             wrong[name] = said
-    print(f"{len(plans)} plans, {total} bytes")
+    what = f"{len(plans)} plans, {ranges} ranges or tiles, {total} bytes"
+    print(f"{what} in {1e3 * seconds:.1f} ms by {', '.join(sorted(carriers))}; {len(wrong)} plans wrong")
     assert not wrong, "\n".join(f"{name}: {said}" for name, said in wrong.items())
 
 
