@@ -9,6 +9,7 @@ from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.kv_transfer.agent import WorkerAgent
 from mooncake_connector.kv_transfer.clock import LayerClock
 from mooncake_connector.kv_transfer.layout import Group, KVLayout, Plane, WorkerInfo
+from mooncake_connector.kv_transfer.memory import region_of
 from mooncake_connector.kv_transfer.messages import (
     PROTOCOL,
     LoadReport,
@@ -39,6 +40,8 @@ class Worker:
     ) -> None:
         self.kv = torch.zeros(layers, blocks, 2, BLOCK, heads, 64, dtype=torch.bfloat16, device=device)
         page = self.kv[0, 0].numel() * self.kv.element_size()
+        # Of the device that the address belongs to: GPU memory takes other paths than host memory.
+        location = {} if device == "cpu" else {"location": region_of(self.kv).location}
         planes = tuple(Plane(i, 0, self.kv[i].data_ptr(), page, page) for i in range(layers))
         self.info = WorkerInfo(
             protocol=PROTOCOL,
@@ -52,7 +55,7 @@ class Worker:
             tp_size=1,
             pp_size=1,
             rank=0,
-            layout=KVLayout(blocks, (Group(BLOCK, 0, "full"),), planes, ("page",) * layers),
+            layout=KVLayout(blocks, (Group(BLOCK, 0, "full"),), planes, ("page",) * layers, **location),
         )
         self.agent = WorkerAgent(self.info, config, clock)
 
