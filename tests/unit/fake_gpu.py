@@ -73,6 +73,13 @@ class FakeGpu:
     def Pinned(self, nbytes: int, context: object) -> "FakePinned":
         return FakePinned(self, nbytes)
 
+    def DeviceBuffer(self, nbytes: int, context: object) -> "FakePinned":
+        return FakePinned(self, nbytes)
+
+    def copy_async(self, dst: int, src: int, nbytes: int, stream: int) -> None:
+        """Of tables, at once: the fake reads them when the kernel is launched, not when it runs."""
+        ctypes.memmove(dst, src, nbytes)
+
     def kernel(self, context: object) -> "FakeGpu":
         if not self.compiles:
             raise TransportError("no compiler")

@@ -91,7 +91,7 @@ def pages(size: int) -> tuple[U64Array, U64Array, U64Array]:
 
 @pytest.mark.parametrize("checksum", [False, True])
 @pytest.mark.parametrize(("source", "target"), [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("size", [37, 1000, 1024, CHUNK, CHUNK + 1, 5 * CHUNK, NBYTES])
+@pytest.mark.parametrize("size", [16, 37, 1000, 1024, CHUNK, CHUNK + 1, 5 * CHUNK, NBYTES])
 def test_every_byte_lands_in_its_place(source: bool, target: bool, size: int, checksum: bool) -> None:
     world = World(source, target, checksum)
     src, dst, length = pages(size)

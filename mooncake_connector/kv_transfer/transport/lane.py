@@ -23,6 +23,8 @@ KERNEL_RANGES = 16
 KERNEL_BLOCKS = 4
 """Multiprocessors that the kernel takes from the model; they move several times what a socket does."""
 
+_TABLE_BYTES = 24 * wire.MAX_FRAME_RANGES + 8
+
 log = logging.getLogger(__name__)
 
 
@@ -36,6 +38,10 @@ class Device(Protocol):
     def Event(self, context: Any, /) -> Any: ...
 
     def Pinned(self, nbytes: int, context: Any, /) -> Any: ...
+
+    def DeviceBuffer(self, nbytes: int, context: Any, /) -> Any: ...
+
+    def copy_async(self, dst: int, src: int, nbytes: int, stream: int, /) -> None: ...
 
     def copy_batch_async(self, dst: U64Array, src: U64Array, length: U64Array, stream: int, /) -> None: ...
 
@@ -51,10 +57,12 @@ class Cuda:
     """The GPUs of this process."""
 
     context_at = staticmethod(driver.context_at)
+    copy_async = staticmethod(driver.copy_async)
     copy_batch_async = staticmethod(driver.copy_batch_async)
     Stream = driver.Stream
     Event = driver.Event
     Pinned = driver.Pinned
+    DeviceBuffer = driver.DeviceBuffer
 
     def kernel(self, context: driver.Context) -> Scatter:
         return Scatter.of(context.device)
@@ -81,7 +89,8 @@ class Slot:
         self._lane = lane
         self._copied = device.Event(context)
         self._memory = device.Pinned(nbytes, context)
-        self._table = device.Pinned(24 * wire.MAX_FRAME_RANGES + 8, context)
+        self._table = device.Pinned(_TABLE_BYTES, context)
+        self._launched = device.DeviceBuffer(_TABLE_BYTES, context)
         self.address: int = self._memory.address
         self.array: NDArray[np.uint8] = self._memory.array
 
@@ -119,7 +128,7 @@ class Slot:
         self._copied.synchronize()
 
     def close(self) -> None:
-        for thing in (self._copied, self._memory, self._table):
+        for thing in (self._copied, self._memory, self._table, self._launched):
             thing.close()
 
     def _copy(self, plan: CopyPlan, way: "Way") -> None:
@@ -132,7 +141,8 @@ class Slot:
             if way is Way.KERNEL and n > KERNEL_RANGES and width_of(src, dst, length, None) == 16:
                 table = self._table.array[: 24 * n + 8].view(np.uint64)
                 total = fill_table(table, src, dst, length)
-                at = self._table.address
+                at = self._launched.address
+                self._lane.device.copy_async(at, self._table.address, table.nbytes, stream.handle)
                 self._lane.kernel.launch(at, n, total, 16, stream.handle, blocks=KERNEL_BLOCKS)
             else:
                 self._lane.device.copy_batch_async(dst, src, length, stream.handle)
