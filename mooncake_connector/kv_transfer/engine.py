@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mooncake_connector.config import TransferConfig
-from mooncake_connector.errors import ConfigError
+from mooncake_connector.errors import ConfigError, TransportError
 from mooncake_connector.kv_transfer.dispatcher import Priority
 from mooncake_connector.kv_transfer.fabric import open_fabric
 from mooncake_connector.kv_transfer.inbound import Inbound
@@ -72,6 +72,7 @@ class TransferEngine:
         self.config = config or TransferConfig()
         self._on_link_down = on_link_down
         self._regions: dict[Region, Any] = {}
+        self._without_nics: set[Region] = set()
         self._offered: dict[str, Ranges] = {}
         self._outbounds: set[Outbound] = set()
         self._names = iter(range(1 << 62))
@@ -108,12 +109,11 @@ class TransferEngine:
 
         Raises:
             ConfigError: It is no contiguous memory.
-            TransportError: A NIC can't register it.
+            TransportError: A NIC can't register it, and it is no GPU's memory, which tcp can stage.
         """
         region = region_of(memory)
         if region not in self._regions:
-            if self._fabric is not None:
-                self._fabric.register(region)
+            self._register_on_nics(region)
             if region.on_gpu and "cuda_ipc" in self.config.paths:
                 self._gpu.register(region)
             self._staging.add(region)
@@ -126,7 +126,9 @@ class TransferEngine:
             self._staging.remove(region)
             if region.on_gpu:
                 self._gpu.deregister(region)
-            if self._fabric is not None:
+            if region in self._without_nics:
+                self._without_nics.discard(region)
+            elif self._fabric is not None:
                 self._fabric.deregister(region)
 
     # ------------------------------------------------------------------ target
@@ -287,12 +289,23 @@ class TransferEngine:
 
     # ------------------------------------------------------------------ inside
 
+    def _register_on_nics(self, region: Region) -> None:
+        if self._fabric is None:
+            return
+        try:
+            self._fabric.register(region)
+        except TransportError as refused:
+            if not region.on_gpu or self.config.paths == ("rdma",):
+                raise
+            logger.warning("no rdma for memory of %s: %s", region.location, refused)
+            self._without_nics.add(region)
+
     def _paths(self, regions: Sequence[Region]) -> tuple[str, ...]:
         on_gpu = [region.on_gpu for region in regions]
         possible = {
             "cuda_ipc": bool(on_gpu) and all(on_gpu) and self._gpu.usable,
             "process_vm": not any(on_gpu),
-            "rdma": self._fabric is not None,
+            "rdma": self._fabric is not None and not self._without_nics,
         }
         return tuple(path for path in self.config.paths if possible.get(path, True))
 

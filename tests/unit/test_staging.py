@@ -3,12 +3,14 @@
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mooncake_connector.config import TransferConfig
+from mooncake_connector.errors import TransportError
 from mooncake_connector.kv_transfer.engine import TransferEngine
 from mooncake_connector.kv_transfer.memory import Ranges, Region, U64Array
 from mooncake_connector.kv_transfer.plan import CopyPlan, Tile
@@ -400,6 +402,40 @@ def test_which_addresses_are_gpu_memory() -> None:
     assert not covers(5050)
     known.remove(Region(1000, 100, "cuda:0"))
     assert not known.active
+
+
+def test_gpu_memory_that_no_nic_can_register_goes_another_way(caplog: pytest.LogCaptureFixture) -> None:
+    registered: list[Region] = []
+
+    def refuse(region: Region) -> None:
+        if region.on_gpu:
+            raise TransportError("mlx5_0 can't register it")
+        registered.append(region)
+
+    def engine(path: str) -> TransferEngine:
+        made = TransferEngine(TransferConfig(path=path))
+        nics: Any = SimpleNamespace(register=refuse, deregister=registered.remove, close=lambda: None)
+        made._fabric = nics
+        return made
+
+    host, gpu = Region(1 << 20, 4096), Region(1 << 30, 4096, "cuda:0")
+    both = engine("tcp")
+    both.config = TransferConfig(path="rdma,tcp")
+    both.register(host)
+    assert both.paths == ("rdma", "tcp")
+    both.register(gpu)
+    assert both.paths == ("tcp",)
+    assert "no rdma for memory of cuda:0: mlx5_0 can't register it" in caplog.text
+    both.deregister(gpu)
+    assert both.paths == ("rdma", "tcp")
+    both.deregister(host)
+    assert not registered
+    both.close()
+    alone = engine("tcp")
+    alone.config = TransferConfig(path="rdma")
+    with pytest.raises(TransportError, match="mlx5_0 can't register it"):
+        alone.register(gpu)
+    alone.close()
 
 
 @pytest.mark.parametrize("checksum", [False, True])
