@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -226,14 +225,3 @@ def test_reasoning_is_not_content() -> None:
     assert early is not None
     with pytest.raises(Mismatch, match="reasoning"):
         Splice(early).feed(chat_event({"reasoning": "Hi"}))
-
-
-def test_forced_tokens_overwrite_their_rows_only() -> None:
-    first_token = pytest.importorskip("mooncake_connector.kv_transfer.vllm.first_token")
-    sampled = torch.tensor([[1], [2], [3]])
-    first_token.force({"b": 20, "gone": 30})
-    first_token.overwrite(["a", "b", "c"], sampled)
-    assert sampled.tolist() == [[1], [20], [3]]
-    first_token.force({})
-    first_token.overwrite(["a", "b", "c"], sampled.fill_(5))
-    assert sampled.tolist() == [[5], [5], [5]]
