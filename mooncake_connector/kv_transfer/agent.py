@@ -43,6 +43,7 @@ from mooncake_connector.kv_transfer.paths import choose_paths
 from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.prefill_end import PrefillEnd
 from mooncake_connector.kv_transfer.push import Chunk
+from mooncake_connector.kv_transfer.routes import WorkerAt
 from mooncake_connector.kv_transfer.side_channel import Client, Server
 from mooncake_connector.kv_transfer.transfer import Transfer
 from mooncake_connector.kv_transfer.transport import (
@@ -206,7 +207,7 @@ class WorkerAgent:
         self.reports: queue.SimpleQueue[LoadReport] = queue.SimpleQueue()
         host, port = config.side_channel_host, config.side_channel_port
         if port:
-            port += 2 * info.rank
+            port += 2 * info.index
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.server = Server(self.context, host, port)
         self.address = self.server.address
@@ -227,6 +228,8 @@ class WorkerAgent:
         self.decode = DecodeEnd(
             info, config, self._decode_ports, pid=os.getpid(), first_key=secrets.randbits(62)
         )
+        if info.tp_size == info.pp_size == 1:
+            self.directory((WorkerAt(self.address, info),))
         self._inbox: queue.SimpleQueue[Callable[[float], None]] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._awake = False
@@ -262,6 +265,11 @@ class WorkerAgent:
             self.prefill.step(step, chunks, now)
 
         self.post(apply)
+
+    def directory(self, workers: Sequence[WorkerAt]) -> None:
+        """All workers of this engine. To be called on the I/O thread, or before it runs."""
+        self.prefill.directory(workers)
+        self.decode.directory(workers)
 
     def take_sent(self) -> set[str]:
         """Finished requests whose blocks may be freed, since the last call."""
@@ -347,7 +355,7 @@ class WorkerAgent:
         match message:
             case LocalDirectory():
                 self.scheduler = peer
-                self.prefill.directory(message.addresses)
+                self.directory(message.workers)
             case LocalExpect():
                 self.prefill.expect(message.request_id, message.transfer_id, message.prompt_hash, now)
             case LocalFirstToken():

@@ -4,25 +4,23 @@ Sans-IO: calls come in with the time, effects go out through `DecodePorts`.
 """
 
 import logging
-from enum import Enum, auto
+from collections.abc import Sequence
 
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.errors import IncompatibleError
-from mooncake_connector.kv_transfer.layout import BlockIds, WorkerInfo, check_compatible
+from mooncake_connector.kv_transfer.decode_peers import DecodePeers, Engine, Peer, PeerId, PeerState
+from mooncake_connector.kv_transfer.layout import WorkerInfo
 from mooncake_connector.kv_transfer.messages import (
     Cancel,
     CancelAck,
     Done,
     Failed,
+    Found,
     Heartbeat,
     HeartbeatAck,
-    Hello,
-    LoadReport,
     LocalRelease,
     LocalReserve,
     Message,
-    OpenLink,
-    Redirect,
     Refused,
     Release,
     Reserve,
@@ -30,48 +28,12 @@ from mooncake_connector.kv_transfer.messages import (
     unpack_blocks,
 )
 from mooncake_connector.kv_transfer.ports import DecodePorts
-from mooncake_connector.kv_transfer.session import (
-    Outcome,
-    ReceiveAction,
-    ReceiveEvent,
-    ReceiveSession,
-    ReceiveState,
-)
+from mooncake_connector.kv_transfer.receive_load import Load, Part
+from mooncake_connector.kv_transfer.routes import WorkerAt
+from mooncake_connector.kv_transfer.session import Outcome, ReceiveAction, ReceiveEvent
 from mooncake_connector.kv_transfer.transport.base import Mark
 
 logger = logging.getLogger(__name__)
-
-PeerId = int
-
-
-class _PeerState(Enum):
-    DIALING = auto()
-    LINKING = auto()
-    UP = auto()
-
-
-class _Peer:
-    def __init__(self, id: PeerId, address: str, engine_id: str, name: str, deadline: float) -> None:
-        self.id, self.address, self.engine_id, self.name = id, address, engine_id, name
-        self.state = _PeerState.DIALING
-        self.deadline = deadline
-        self.last_heard = 0.0
-        self.last_heartbeat = 0.0
-        self.path = ""
-        self.loads: dict[int, _Load] = {}
-        self.releases: list[Release] = []
-
-
-class _Load:
-    def __init__(
-        self, key: int, want: LocalReserve, blocks: tuple[BlockIds, ...], now: float, deadline: float
-    ) -> None:
-        self.key, self.want, self.blocks = key, want, blocks
-        self.session = ReceiveSession()
-        self.peer: _Peer | None = None
-        self.began, self.deadline = now, deadline
-        self.done: Done | None = None
-        self.reserve_sent = self.done_at = 0.0
 
 
 class DecodeEnd:
@@ -86,128 +48,122 @@ class DecodeEnd:
     def __init__(
         self, info: WorkerInfo, config: ConnectorConfig, ports: DecodePorts, *, pid: int, first_key: int
     ) -> None:
-        self._info, self._config, self._ports, self._pid = info, config, ports, pid
+        self._info, self._config, self._ports = info, config, ports
         self._next_key = first_key
-        self._next_link = 0
-        self._peers: dict[PeerId, _Peer] = {}
-        self._by_address: dict[tuple[str, str], _Peer] = {}
-        self._loads: dict[int, _Load] = {}
-        self._by_request: dict[str, _Load] = {}
+        self._peers = DecodePeers(info, config, ports, pid)
+        self._loads: set[Load] = set()
+        self._by_request: dict[str, Load] = {}
+        self._parts: dict[int, Part] = {}
 
     # ------------------------------------------------------------------ the engine's side
+
+    def directory(self, workers: Sequence[WorkerAt]) -> None:
+        """All workers of this engine."""
+        self._peers.directory(workers)
 
     def reserve(self, want: LocalReserve, now: float) -> None:
         """Have a request's blocks filled. Reported exactly once."""
         blocks = tuple(unpack_blocks(w.block) for w in want.want)
-        load = _Load(self._next_key, want, blocks, now, now + self._config.load_timeout_s)
-        self._next_key += 1
-        self._loads[load.key] = self._by_request[want.request_id] = load
-        load.peer = peer = self._peer(want.address, want.engine_id, now)
-        if not peer.loads:
-            peer.last_heard = peer.last_heartbeat = now
-        peer.loads[load.key] = load
-        if peer.state is _PeerState.UP:
-            self._handle(load, ReceiveEvent.LINK_UP, now)
+        engine = self._peers.engine(want.address, want.engine_id, now)
+        load = Load(want, engine, blocks, now, now + self._config.load_timeout_s)
+        self._loads.add(load)
+        self._by_request[want.request_id] = load
+        if engine.sources is None:
+            engine.loads.append(load)
+        else:
+            self._split(load, now)
 
     def abort(self, request_id: str, now: float) -> None:
         """The request is gone; its blocks are reported once they are safe."""
-        if (load := self._by_request.get(request_id)) is not None:
-            self._handle(load, ReceiveEvent.ABORT, now)
+        if (load := self._by_request.get(request_id)) is None:
+            return
+        if load.parts:
+            for part in list(load.parts):
+                self._handle(part, ReceiveEvent.ABORT, now)
+        else:
+            self._drop(load, Outcome.ABORTED, "the request was aborted", now)
 
     def release(self, message: LocalRelease, now: float) -> None:
         """Nobody here will ask for this KV: let prefill free it."""
-        release = Release(message.transfer_id, message.prompt_hash)
-        peer = self._peer(message.address, message.engine_id, now)
-        if peer.state is _PeerState.UP:
-            self._ports.send(peer.id, release)
-        else:
-            peer.releases.append(release)
+        engine = self._peers.engine(message.address, message.engine_id, now)
+        self._release(engine, Release(message.transfer_id, message.prompt_hash), now)
 
     # ------------------------------------------------------------------ prefill's side
 
     def message(self, peer_id: PeerId, message: Message, now: float) -> None:
+        if (engine := self._peers.finding(peer_id)) is not None:
+            self._found(engine, message, now)
+            return
         peer = self._peers.get(peer_id)
         if peer is None:
             return
         peer.last_heard = now
         match message:
             case Welcome():
-                self._welcome(peer, message, now)
-            case Redirect():
-                self._redirect(peer, message, now)
+                try:
+                    self._peers.welcome(peer, message)
+                except IncompatibleError as e:
+                    self._lose(peer, str(e), now)
             case Refused():
-                self.peer_lost(peer.id, message.reason, now)
+                self._lose(peer, message.reason, now)
             case Done():
-                if (load := self._load(peer, message.key)) is not None:
-                    load.done, load.done_at = message, now
-                    self._stopped(load, ReceiveEvent.DONE, "", message.marks, now)
+                if (part := self._part(peer, message.key)) is not None:
+                    part.done, part.done_at = message, now
+                    self._stopped(part, ReceiveEvent.DONE, "", message.marks, now)
             case Failed():
-                if (load := self._load(peer, message.key)) is not None:
-                    self._stopped(load, ReceiveEvent.FAILED, message.reason, message.marks, now)
+                if (part := self._part(peer, message.key)) is not None:
+                    self._stopped(part, ReceiveEvent.FAILED, message.reason, message.marks, now)
             case CancelAck():
-                if (load := self._load(peer, message.key)) is not None:
-                    self._stopped(load, ReceiveEvent.CANCEL_ACKED, "", message.marks, now)
+                if (part := self._part(peer, message.key)) is not None:
+                    self._stopped(part, ReceiveEvent.CANCEL_ACKED, "", message.marks, now)
             case HeartbeatAck():
                 for key in message.unknown:
-                    if (load := self._load(peer, key)) is not None:
-                        self._handle(load, ReceiveEvent.FAILED, now, "prefill no longer knows this transfer")
+                    if (part := self._part(peer, key)) is not None:
+                        self._handle(part, ReceiveEvent.FAILED, now, "prefill no longer knows this transfer")
             case _:
-                logger.warning("ignored a %s from prefill %s", type(message).__name__, peer.engine_id)
+                logger.warning("ignored a %s from prefill %s", type(message).__name__, peer.worker.info.name)
 
     def link_up(self, name: str, now: float) -> None:
         """The data link of that name is complete."""
-        for peer in self._peers.values():
-            if peer.name == name and peer.state is _PeerState.LINKING:
-                peer.state = _PeerState.UP
-                for release in peer.releases:
-                    self._ports.send(peer.id, release)
-                peer.releases.clear()
-                for load in list(peer.loads.values()):
-                    self._handle(load, ReceiveEvent.LINK_UP, now)
-                return
+        peer = self._peers.named(name)
+        if peer is None or peer.state is not PeerState.LINKING:
+            return
+        peer.state = PeerState.UP
+        peer.last_heard = peer.last_heartbeat = now
+        for release in peer.releases:
+            self._ports.send(peer.id, release)
+        peer.releases.clear()
+        for part in list(peer.parts.values()):
+            self._handle(part, ReceiveEvent.LINK_UP, now)
 
     def link_down(self, name: str, reason: str, now: float) -> None:
-        for peer in list(self._peers.values()):
-            if peer.name == name:
-                self.peer_lost(peer.id, reason, now)
+        if (peer := self._peers.named(name)) is not None:
+            self._lose(peer, reason, now)
 
     def peer_lost(self, peer_id: PeerId, reason: str, now: float) -> None:
         """The prefill worker can't be reached any more; the next request dials anew."""
-        peer = self._peers.pop(peer_id, None)
-        if peer is None:
-            return
-        if self._by_address.get((peer.address, peer.engine_id)) is peer:
-            del self._by_address[peer.address, peer.engine_id]
-        logger.warning("prefill %s at %s: %s", peer.engine_id, peer.address, reason)
-        self._ports.hang_up(peer.id, peer.name)
-        for load in list(peer.loads.values()):
-            self._handle(load, ReceiveEvent.PEER_LOST, now, reason)
+        if (engine := self._peers.finding(peer_id)) is not None:
+            self._lose_engine(engine, reason, now)
+        elif (peer := self._peers.get(peer_id)) is not None:
+            self._lose(peer, reason, now)
 
     def fenced(self, key: int, now: float) -> None:
         """No write can land under `key` any more."""
-        if (load := self._loads.get(key)) is not None:
-            self._handle(load, ReceiveEvent.FENCED, now)
+        if (part := self._parts.get(key)) is not None:
+            self._handle(part, ReceiveEvent.FENCED, now)
 
     def tick(self, now: float) -> None:
         """Let deadlines pass and renew leases; call a few times a second."""
-        for load in list(self._loads.values()):
-            if now >= load.deadline:
-                timeout = self._config.load_timeout_s
-                self._handle(
-                    load, ReceiveEvent.DEADLINE, now, f"KV did not arrive within load_timeout_s={timeout}"
-                )
-        for peer in list(self._peers.values()):
-            if peer.state is not _PeerState.UP:
-                if now >= peer.deadline:
-                    self.peer_lost(
-                        peer.id, f"no link within handshake_timeout_s={self._config.handshake_timeout_s}", now
-                    )
-            elif peer.loads:
-                if now - peer.last_heard > self._config.peer_timeout_s:
-                    self.peer_lost(peer.id, f"silent for peer_timeout_s={self._config.peer_timeout_s}", now)
-                elif now - peer.last_heartbeat >= self._config.heartbeat_s:
-                    peer.last_heartbeat = now
-                    self._ports.send(peer.id, Heartbeat(tuple(peer.loads)))
+        for load in [load for load in self._loads if now >= load.deadline]:
+            self._give_up(load, f"KV did not arrive within load_timeout_s={self._config.load_timeout_s}", now)
+        engines, peers = self._peers.overdue(now)
+        for engine in engines:
+            timeout = self._config.handshake_timeout_s
+            self._lose_engine(engine, f"no answer within handshake_timeout_s={timeout}", now)
+        for peer, reason in peers:
+            self._lose(peer, reason, now)
+        for peer in self._peers.beating(now):
+            self._ports.send(peer.id, Heartbeat(tuple(peer.parts)))
 
     @property
     def num_loads(self) -> int:
@@ -215,120 +171,132 @@ class DecodeEnd:
 
     # ------------------------------------------------------------------ inside
 
-    def _peer(self, address: str, engine_id: str, now: float) -> _Peer:
-        peer = self._by_address.get((address, engine_id))
-        if peer is None:
-            peer = self._dial(address, engine_id, now + self._config.handshake_timeout_s)
-            peer.address = address
-            self._by_address[address, engine_id] = peer
-        return peer
+    def _found(self, engine: Engine, message: Message, now: float) -> None:
+        match message:
+            case Found():
+                try:
+                    self._peers.found(engine, message)
+                except IncompatibleError as e:
+                    self._lose_engine(engine, str(e), now)
+            case Refused():
+                self._lose_engine(engine, message.reason, now)
+            case _:
+                logger.warning("ignored a %s from %s", type(message).__name__, engine.address)
+                return
+        loads, engine.loads = engine.loads, []
+        for load in loads:
+            self._split(load, now)
+        releases, engine.releases = engine.releases, []
+        for release in releases:
+            self._release(engine, release, now)
 
-    def _dial(self, address: str, engine_id: str, deadline: float) -> _Peer:
-        name = f"{self._info.name}@{self._next_link}"
-        self._next_link += 1
-        peer = _Peer(self._ports.dial(address), address, engine_id, name, deadline)
-        self._peers[peer.id] = peer
-        self._ports.send(peer.id, Hello(self._info, self._pid))
-        return peer
+    def _split(self, load: Load, now: float) -> None:
+        """Reserve at every worker that has something for us."""
+        for source in load.engine.sources or ():
+            peer = self._peers.connect(source.worker, now)
+            part = Part(load, self._next_key, peer, source)
+            self._next_key += 1
+            self._parts[part.key] = part
+            load.parts.append(part)
+            if not peer.parts:
+                peer.last_heard = peer.last_heartbeat = now
+            peer.parts[part.key] = part
+        for part in list(load.parts):
+            if part.peer.state is PeerState.UP:
+                self._handle(part, ReceiveEvent.LINK_UP, now)
 
-    def _redirect(self, peer: _Peer, message: Redirect, now: float) -> None:
-        """Continue with the rank that matches ours; our scheduler goes on naming the engine's address."""
-        del self._peers[peer.id]
-        self._ports.hang_up(peer.id, peer.name)
-        peer.id = self._ports.dial(message.address)
-        self._peers[peer.id] = peer
-        self._ports.send(peer.id, Hello(self._info, self._pid))
+    def _release(self, engine: Engine, release: Release, now: float) -> None:
+        if engine.sources is None:
+            engine.releases.append(release)
+        for source in engine.sources or ():
+            self._peers.release(self._peers.connect(source.worker, now), release)
 
-    def _welcome(self, peer: _Peer, message: Welcome, now: float) -> None:
-        if peer.state is not _PeerState.DIALING:
-            return
-        try:
-            if message.info.engine_id != peer.engine_id:
-                raise IncompatibleError(
-                    f"the engine there is {message.info.engine_id} now, the request names {peer.engine_id}: "
-                    "it restarted; probe it again"
-                )
-            check_compatible(message.info, self._info)
-        except IncompatibleError as e:
-            self.peer_lost(peer.id, str(e), now)
-            return
-        paths, why = self._ports.choose_paths(message.identity, message.paths)
-        peer.path = paths[0]
-        logger.info("KV from prefill %s comes by %s: %s", message.info.name, ", then ".join(paths), why)
-        peer.state = _PeerState.LINKING
-        endpoint = self._ports.admit(peer.name, paths)
-        self._ports.send(peer.id, OpenLink(paths, endpoint, self._config.connections))
+    def _lose_engine(self, engine: Engine, reason: str, now: float) -> None:
+        logger.warning("prefill %s at %s: %s", engine.engine_id, engine.address, reason)
+        self._peers.lose_engine(engine)
+        loads, engine.loads = engine.loads, []
+        engine.releases.clear()
+        for load in loads:
+            self._over(load, Outcome.FAILED, reason, now)
 
-    def _load(self, peer: _Peer, key: int) -> _Load | None:
-        load = self._loads.get(key)
-        return load if load is not None and load.peer is peer else None
+    def _lose(self, peer: Peer, reason: str, now: float) -> None:
+        self._peers.lose(peer, reason)
+        for part in list(peer.parts.values()):
+            self._handle(part, ReceiveEvent.PEER_LOST, now, reason)
+
+    def _give_up(self, load: Load, reason: str, now: float) -> None:
+        """It can't be loaded any more: see to it that nothing of it lands."""
+        if not load.parts:
+            self._drop(load, Outcome.FAILED, reason, now)
+        elif not load.given_up:
+            load.given_up = True
+            for part in list(load.parts):
+                self._handle(part, ReceiveEvent.GIVEN_UP, now, reason)
+
+    def _drop(self, load: Load, outcome: Outcome, reason: str, now: float) -> None:
+        """It ends before anybody was asked for anything."""
+        load.engine.loads.remove(load)
+        load.engine.releases.append(Release(load.want.transfer_id, load.want.prompt_hash))
+        self._over(load, outcome, reason, now)
+
+    def _part(self, peer: Peer, key: int) -> Part | None:
+        part = self._parts.get(key)
+        return part if part is not None and part.peer is peer else None
 
     def _stopped(
-        self, load: _Load, event: ReceiveEvent, reason: str, marks: tuple[Mark, ...], now: float
+        self, part: Part, event: ReceiveEvent, reason: str, marks: tuple[Mark, ...], now: float
     ) -> None:
         """Prefill says that it writes no more: so it is once our hardware has seen all that it wrote."""
-        peer = load.peer
-        if marks and peer is not None:
-            self._ports.await_marks(peer.name, marks, lambda then: self._handle(load, event, then, reason))
+        if marks:
+            self._ports.await_marks(
+                part.peer.name, marks, lambda then: self._handle(part, event, then, reason)
+            )
         else:
-            self._handle(load, event, now, reason)
+            self._handle(part, event, now, reason)
 
-    def _handle(self, load: _Load, event: ReceiveEvent, now: float, reason: str = "") -> None:
-        session, peer = load.session, load.peer
-        assert peer is not None
-        for action in session.handle(event, reason):
+    def _handle(self, part: Part, event: ReceiveEvent, now: float, reason: str = "") -> None:
+        load, peer = part.load, part.peer
+        want = load.want
+        for action in part.session.handle(event, reason):
             match action:
                 case ReceiveAction.GRANT:
-                    self._ports.grant(load.key, peer.name, self._info.layout.ranges(load.blocks))
+                    ranges = self._info.layout.ranges(load.blocks, part.source.layers)
+                    self._ports.grant(part.key, peer.name, ranges)
                 case ReceiveAction.SEND_RESERVE:
-                    want, load.reserve_sent = load.want, now
+                    part.reserve_sent = now
                     self._ports.send(
                         peer.id,
                         Reserve(
-                            load.key,
+                            part.key,
                             want.transfer_id,
                             want.prompt_hash,
                             want.num_tokens,
                             want.want,
                             want.first_token,
+                            part.source.shares,
                         ),
                     )
                 case ReceiveAction.SEND_RELEASE:
-                    peer.releases.append(Release(load.want.transfer_id, load.want.prompt_hash))
+                    self._peers.release(peer, Release(want.transfer_id, want.prompt_hash))
                 case ReceiveAction.SEND_CANCEL:
-                    self._ports.send(peer.id, Cancel(load.key))
+                    self._ports.send(peer.id, Cancel(part.key))
                 case ReceiveAction.UNGRANT:
-                    self._ports.ungrant(load.key)
+                    self._ports.ungrant(part.key)
                 case ReceiveAction.FENCE:
-                    self._ports.fence(load.key)
+                    self._ports.fence(part.key)
                 case ReceiveAction.REPORT:
-                    self._report(load, now)
-        if session.state is ReceiveState.CLOSED and self._loads.pop(load.key, None) is not None:
-            peer.loads.pop(load.key, None)
-            if self._by_request.get(load.want.request_id) is load:
-                del self._by_request[load.want.request_id]
+                    del self._parts[part.key], peer.parts[part.key]
+        if part.given_up:
+            self._give_up(load, part.session.reason, now)
+        if load in self._loads and load.ended:
+            load.sum_up()
+            self._over(load, load.outcome, load.reason, now)
 
-    def _report(self, load: _Load, now: float) -> None:
-        session, done, peer = load.session, load.done, load.peer
-        assert peer is not None
-        if session.outcome is Outcome.FAILED:
-            logger.warning("load of request %s failed: %s", load.want.request_id, session.reason)
-        self._ports.report(
-            LoadReport(
-                load.want.request_id,
-                session.outcome,
-                session.reason,
-                peer.path,
-                done.nbytes if done else 0,
-                done.early_bytes if done else 0,
-                now - load.began,
-                done.push_s if done else 0.0,
-                () if session.outcome is Outcome.LOADED else tuple(load.blocks[0].tolist()),
-                first_token=done.first_token if done else -1,
-                token_only=not any(ids.size for ids in load.blocks),
-                reserve_sent=load.reserve_sent,
-                first_write=done.first_write if done else 0.0,
-                landed=done.landed if done else 0.0,
-                done=load.done_at,
-            )
-        )
+    def _over(self, load: Load, outcome: Outcome, reason: str, now: float) -> None:
+        load.outcome, load.reason = outcome, reason
+        self._loads.discard(load)
+        if self._by_request.get(load.want.request_id) is load:
+            del self._by_request[load.want.request_id]
+        if outcome is Outcome.FAILED:
+            logger.warning("load of request %s failed: %s", load.want.request_id, reason)
+        self._ports.report(load.report(now))

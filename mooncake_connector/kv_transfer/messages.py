@@ -12,10 +12,11 @@ import numpy as np
 
 from mooncake_connector.kv_transfer.layout import BlockIds, WorkerInfo
 from mooncake_connector.kv_transfer.push import Want
+from mooncake_connector.kv_transfer.routes import WorkerAt
 from mooncake_connector.kv_transfer.session import Outcome
 from mooncake_connector.kv_transfer.transport.base import Endpoint, Mark, SourceIdentity
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -25,17 +26,21 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 # --- handshake: decode worker <-> prefill worker
 
 
+class Find(Message, frozen=True):
+    """Decode asks any worker of an engine where all of them are."""
+
+
+class Found(Message, frozen=True):
+    """All workers of this engine, stage after stage, rank after rank."""
+
+    workers: tuple[WorkerAt, ...]
+
+
 class Hello(Message, frozen=True):
-    """Decode asks to be served by the prefill rank that matches its own; `pid` is who may read our memory."""
+    """Decode asks to be served by this very worker; `pid` is who may read our memory."""
 
     info: WorkerInfo
     pid: int
-
-
-class Redirect(Message, frozen=True):
-    """The matching rank listens elsewhere."""
-
-    address: str
 
 
 class Welcome(Message, frozen=True):
@@ -69,7 +74,13 @@ class WantBlocks(msgspec.Struct, frozen=True):
 
 
 class Reserve(Message, frozen=True):
-    """Decode's blocks are ready; `first_token`: DONE is to bring the token that prefill samples."""
+    """Decode's blocks are ready.
+
+    Attributes:
+        num_tokens: tokens of the prompt whose KV is wanted.
+        first_token: DONE is to bring the token that prefill samples.
+        shares: how many decode workers reserve this transfer at this prefill worker.
+    """
 
     key: int
     transfer_id: str
@@ -77,6 +88,7 @@ class Reserve(Message, frozen=True):
     num_tokens: int
     want: tuple[WantBlocks, ...]
     first_token: bool = False
+    shares: int = 1
 
 
 class Cancel(Message, frozen=True):
@@ -144,10 +156,10 @@ class HeartbeatAck(Message, frozen=True):
 
 
 class LocalDirectory(Message, frozen=True):
-    """Control addresses of all ranks."""
+    """All workers of the engine, stage after stage, rank after rank."""
 
     token: bytes
-    addresses: tuple[str, ...]
+    workers: tuple[WorkerAt, ...]
 
 
 class LocalExpect(Message, frozen=True):
@@ -162,7 +174,9 @@ class LocalExpect(Message, frozen=True):
 class LocalReserve(Message, frozen=True):
     """A request's blocks are allocated: have them filled by the prefill engine at `address`.
 
-    `first_token`: and have it tell the token that it samples; with no blocks wanted, nothing else.
+    Attributes:
+        first_token: and have it tell the token that it samples; with no blocks wanted, nothing else.
+        step: the last step that may still write into the blocks for whoever had them before; -1: none.
     """
 
     token: bytes
@@ -174,6 +188,7 @@ class LocalReserve(Message, frozen=True):
     num_tokens: int
     want: tuple[WantBlocks, ...]
     first_token: bool = False
+    step: int = -1
 
 
 class LocalFirstToken(Message, frozen=True):
@@ -245,8 +260,9 @@ class LoadOver(Message, frozen=True):
 
 
 AnyMessage = (
-    Hello
-    | Redirect
+    Find
+    | Found
+    | Hello
     | Welcome
     | Refused
     | OpenLink

@@ -60,16 +60,23 @@ class Tile(msgspec.Struct, frozen=True):
 
         Args:
             run: bytes that are contiguous on both sides.
-            dims: at most two of (count, source stride, target stride).
+            dims: (count, source stride, target stride) of each dimension around them.
+
+        Raises:
+            ValueError: More than two dimensions are left when neighbours are folded.
         """
         left = sorted((dim for dim in dims if dim[0] != 1), key=lambda dim: dim[2])
         while left and left[0][1] == left[0][2] == run:
             run *= left.pop(0)[0]
-        if len(left) == 2:
-            (n, src, dst), (m, src_outer, dst_outer) = left
-            if (src_outer, dst_outer) == (n * src, n * dst):
-                left = [(n * m, src, dst)]
-        (n2, src2, dst2), (n1, src1, dst1) = [*left, *[(1, run, run)] * 2][:2]
+        folded: list[tuple[int, int, int]] = []
+        for count, src, dst in left:
+            if folded and (src, dst) == (folded[-1][0] * folded[-1][1], folded[-1][0] * folded[-1][2]):
+                folded[-1] = (folded[-1][0] * count, *folded[-1][1:])
+            else:
+                folded.append((count, src, dst))
+        if len(folded) > 2:
+            raise ValueError(f"runs of {run} bytes lie in {len(folded)} dimensions, a tile has two")
+        (n2, src2, dst2), (n1, src1, dst1) = [*folded, *[(1, run, run)] * 2][:2]
         return cls(n1, n2, run, src1, src2, dst1, dst2)
 
 

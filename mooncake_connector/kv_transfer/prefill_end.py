@@ -7,45 +7,33 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import msgspec
-
 from mooncake_connector.config import ConnectorConfig
-from mooncake_connector.errors import IncompatibleError
-from mooncake_connector.kv_transfer.layout import WorkerInfo, check_compatible, copy_plan
+from mooncake_connector.kv_transfer.layout import WorkerInfo
 from mooncake_connector.kv_transfer.messages import (
     Cancel,
     CancelAck,
     Failed,
+    Find,
     Heartbeat,
     HeartbeatAck,
     Hello,
     Message,
     OpenLink,
-    Redirect,
-    Refused,
     Release,
     Reserve,
-    Welcome,
     unpack_want,
 )
 from mooncake_connector.kv_transfer.ports import PrefillPorts
+from mooncake_connector.kv_transfer.prefill_peers import Peer, PeerId, PrefillPeers
 from mooncake_connector.kv_transfer.push import Chunk, Clock, PushProgress, Want, check_want
-from mooncake_connector.kv_transfer.send_transfer import SendTransfer, TransferKey
+from mooncake_connector.kv_transfer.routes import WorkerAt
+from mooncake_connector.kv_transfer.send_transfer import SendShare, SendTransfer, TransferKey
 from mooncake_connector.kv_transfer.session import SendAction, SendEvent, SendState
 from mooncake_connector.kv_transfer.transport.base import SourceIdentity
 
 logger = logging.getLogger(__name__)
 
-PeerId = bytes
-
 REMEMBERED = 4096  # reservations and transfers that are over, kept to answer late messages
-
-
-class _Peer:
-    def __init__(self, info: WorkerInfo, deadline: float) -> None:
-        self.info = info
-        self.linked = False
-        self.deadline = deadline  # for the link
 
 
 class PrefillEnd:
@@ -66,46 +54,44 @@ class PrefillEnd:
         clock: Clock,
         paths: Sequence[str],
     ) -> None:
-        self._info, self._identity, self._config = info, identity, config
-        self._ports, self._clock, self._paths = ports, clock, tuple(paths)
+        self._info, self._config = info, config
+        self._ports, self._clock = ports, clock
         self._layer_groups = [0] * info.layout.num_layers
-        self._block_bytes = [0] * info.layout.num_layers
         for plane in info.layout.planes:
             self._layer_groups[plane.layer] = plane.group
-            self._block_bytes[plane.layer] += plane.nbytes
-        self._directory: Sequence[str] = ()
-        self._peers: dict[PeerId, _Peer] = {}
+        self._peers = PrefillPeers(info, identity, config, ports, paths)
         self._transfers: dict[TransferKey, SendTransfer] = {}
         self._by_request: dict[str, SendTransfer] = {}
-        self._by_key: dict[int, SendTransfer] = {}
+        self._by_key: dict[int, SendShare] = {}
         self._over: OrderedDict[TransferKey | int | str, str] = OrderedDict()
 
     # ------------------------------------------------------------------ the engine's side
 
-    def directory(self, addresses: Sequence[str]) -> None:
-        """Where each rank listens."""
-        self._directory = addresses
+    def directory(self, workers: Sequence[WorkerAt]) -> None:
+        """All workers of this engine."""
+        self._peers.directory(workers)
 
     def expect(self, request_id: str, transfer_id: str, prompt_hash: bytes, now: float) -> None:
         """The scheduler received a request whose KV others will want."""
         id = (transfer_id, prompt_hash)
         if request_id in self._by_request or request_id in self._over:
             return
-        transfer = self._transfers.get(id) or self._add(id, SendState.QUEUED, now)
+        transfer = self._transfers.get(id) or self._add(id)
         if transfer.request_id is not None:
             return  # n > 1: one request's KV serves all samples of the prompt
         transfer.request_id = request_id
         self._by_request[request_id] = transfer
-        self._handle(transfer, SendEvent.PREFILL, now)
+        self._handle_all(transfer, SendEvent.PREFILL, now)
+        self._make_room(transfer, now)
         if id in self._over:
-            self._handle(transfer, SendEvent.RELEASE, now, self._over[id])
+            self._handle_all(transfer, SendEvent.RELEASE, now, self._over[id])
 
     def step(self, step: int, chunks: Sequence[Chunk], now: float) -> None:
         """A forward pass is about to run."""
         for c in chunks:
             self.expect(c.request_id, c.transfer_id, c.prompt_hash, now)
             if (transfer := self._by_request.get(c.request_id)) is not None:
-                transfer.progress.chunk(
+                transfer.computed.chunk(
                     step, c.start, c.end, c.blocks, replace=c.replace, hits_ready=c.hits_ready
                 )
 
@@ -113,7 +99,7 @@ class PrefillEnd:
         """These requests' blocks were freed; they will be computed again."""
         for request_id in request_ids:
             if (transfer := self._by_request.get(request_id)) is not None:
-                transfer.progress.preempted()
+                transfer.computed.preempted()
 
     def ended(self, request_id: str, held: bool, now: float) -> None:
         """The request left the scheduler; `held`: its blocks stay until `PrefillPorts.sent`."""
@@ -126,10 +112,12 @@ class PrefillEnd:
             return
         transfer.ended, transfer.held = True, held
         if held:
-            transfer.deadline = now + self._config.lease_s
-            self._handle(transfer, SendEvent.PREFILL_FINISHED, now)
+            for share in transfer.shares:
+                if share.session.state is not SendState.DRAINING:
+                    share.deadline = now + self._config.lease_s
+            self._handle_all(transfer, SendEvent.PREFILL_FINISHED, now)
         else:
-            self._handle(transfer, SendEvent.PREFILL_ABORTED, now, "the prefill request was aborted")
+            self._handle_all(transfer, SendEvent.PREFILL_ABORTED, now, "the prefill request was aborted")
         self._settle(transfer)
 
     def drop(self, transfer_id: str, now: float) -> None:
@@ -141,23 +129,26 @@ class PrefillEnd:
         """The scheduler has the token that follows the request's prompt."""
         if (transfer := self._by_request.get(request_id)) is not None:
             transfer.first_token = token
-            self._push(transfer, now)
+            for share in list(transfer.shares):
+                self._push(share, now)
             self._settle(transfer)
 
     def pump(self, now: float) -> None:
         """Submit every write that has become possible."""
-        for transfer in list(self._by_key.values()):
-            self._push(transfer, now)
-            self._settle(transfer)
+        for share in list(self._by_key.values()):
+            self._push(share, now)
+            self._settle(share.transfer)
 
     # ------------------------------------------------------------------ decode's side
 
     def message(self, peer: PeerId, message: Message, now: float) -> None:
         match message:
+            case Find():
+                self._peers.find(peer)
             case Hello():
-                self._hello(peer, message, now)
-            case OpenLink() if peer in self._peers:
-                self._ports.open_link(peer, self._peers[peer].info.name, message)
+                self._peers.hello(peer, message, now)
+            case OpenLink():
+                self._peers.open_link(peer, message)
             case Reserve():
                 self._reserve(peer, message, now)
             case Cancel():
@@ -176,51 +167,36 @@ class PrefillEnd:
 
     def link_down(self, peer: PeerId, reason: str, now: float) -> None:
         """The peer died or its link failed; no write to it is in flight any more."""
-        known = self._peers.pop(peer, None)
-        if known is None:
-            return
-        logger.warning("decode worker %s is gone: %s", known.info.name, reason)
-        for transfer in [t for t in self._by_key.values() if t.peer == peer]:
-            self._handle(transfer, SendEvent.PEER_LOST, now, reason)
-            self._settle(transfer)
+        if self._peers.lost(peer, reason):
+            for share in [s for s in self._by_key.values() if s.peer == peer]:
+                self._handle(share, SendEvent.PEER_LOST, now, reason)
+                self._settle(share.transfer)
 
     def write_ended(self, key: int, op: int, reason: str | None, now: float) -> None:
         """A write landed, or failed for `reason`."""
-        transfer = self._by_key.get(key)
-        if transfer is None:
+        share = self._by_key.get(key)
+        if share is None or share.progress is None:
             return
-        transfer.progress.ended(op)
-        nbytes = transfer.op_bytes.pop(op, 0)
+        share.progress.ended(op)
+        nbytes = share.op_bytes.pop(op, 0)
         if reason is not None:
-            self._handle(transfer, SendEvent.WRITE_FAILED, now, reason)
+            self._handle(share, SendEvent.WRITE_FAILED, now, reason)
         else:
-            transfer.nbytes += nbytes
-            transfer.landed = now
-            if not transfer.progress.prefilled(self._clock):
-                transfer.early_bytes += nbytes
-        self._push(transfer, now)
-        self._settle(transfer)
+            share.nbytes += nbytes
+            share.landed = now
+            last = self._info.layout.num_layers - 1
+            if not share.transfer.computed.has(share.progress.num_tokens, last, self._clock):
+                share.early_bytes += nbytes
+        self._push(share, now)
+        self._settle(share.transfer)
 
     def tick(self, now: float) -> None:
         """Let deadlines pass; call a few times a second."""
         for transfer in list(self._transfers.values()):
-            if now < transfer.deadline:
-                continue
-            match transfer.session.state:
-                case SendState.UNMATCHED:
-                    why = "prefill never received this request"
-                    if sum(id[0] == transfer.id[0] for id in self._transfers) > 1:
-                        why = "prefill has this transfer id with another prompt: are the tokenizers the same?"
-                    self._handle(transfer, SendEvent.MATCH_EXPIRED, now, why)
-                case SendState.HELD | SendState.PUSHING if transfer.held:
-                    logger.warning("lease of transfer %s expired: its KV is freed", transfer.id[0])
-                    self._handle(transfer, SendEvent.LEASE_EXPIRED, now, "the lease expired")
-                case SendState.DRAINING if transfer.peer is not None:
-                    # Its writes do not end: closing the link ends them.
-                    self._ports.close_link(transfer.peer)
-                    self.link_down(transfer.peer, "writes do not end", now)
+            for share in [s for s in transfer.shares if now >= s.deadline]:
+                self._overdue(share, now)
             self._settle(transfer)
-        for peer in [p for p, known in self._peers.items() if not known.linked and now >= known.deadline]:
+        for peer in self._peers.overdue(now):
             self._ports.close_link(peer)
             self.link_down(peer, "it opened no link", now)
 
@@ -230,159 +206,181 @@ class PrefillEnd:
 
     # ------------------------------------------------------------------ inside
 
-    def _hello(self, peer: PeerId, hello: Hello, now: float) -> None:
-        rank = hello.info.rank
-        try:
-            check_compatible(self._info, hello.info)
-        except IncompatibleError as e:
-            logger.error("refused decode worker %s: %s", hello.info.name, e)
-            self._ports.send(peer, Refused(str(e)))
-            return
-        if rank != self._info.rank:
-            known = rank < len(self._directory)
-            no_rank = Refused(f"no prefill rank {rank}: this engine is still starting")
-            self._ports.send(peer, Redirect(self._directory[rank]) if known else no_rank)
-            return
-        self._peers[peer] = _Peer(hello.info, now + 2 * self._config.handshake_timeout_s)
-        self._ports.allow_reader(hello.pid)
-        self._ports.send(peer, Welcome(self._info, self._identity, self._paths))
+    def _overdue(self, share: SendShare, now: float) -> None:
+        transfer = share.transfer
+        match share.session.state:
+            case SendState.UNMATCHED:
+                why = "prefill never received this request"
+                if sum(id[0] == transfer.id[0] for id in self._transfers) > 1:
+                    why = "prefill has this transfer id with another prompt: are the tokenizers the same?"
+                self._handle(share, SendEvent.MATCH_EXPIRED, now, why)
+            case SendState.HELD | SendState.PUSHING if transfer.held:
+                logger.warning("lease of transfer %s expired: its KV is freed", transfer.id[0])
+                self._handle(share, SendEvent.LEASE_EXPIRED, now, "the lease expired")
+            case SendState.DRAINING if share.peer is not None:
+                # Its writes do not end: closing the link ends them.
+                self._ports.close_link(share.peer)
+                self.link_down(share.peer, "writes do not end", now)
 
     def _reserve(self, peer: PeerId, message: Reserve, now: float) -> None:
         id = (message.transfer_id, message.prompt_hash)
+        known = self._peers.get(peer)
         if message.key in self._by_key:
             return  # a doubled message
         transfer = self._transfers.get(id)
         try:
             want = unpack_want(message.want)
-            refusal = self._refusal(peer, message, want, transfer)
+            refusal = self._refusal(peer, known, message, want, transfer)
         except ValueError as e:
             refusal = f"malformed reservation: {e}"
-        if refusal:
+        if refusal or known is None:
+            refusal = refusal or "say hello first"
             self._remember(message.key, refusal)
             self._ports.send(peer, Failed(message.key, refusal))
             return
         if transfer is None:
-            transfer = self._add(id, SendState.UNMATCHED, now)
-            transfer.deadline = now + self._config.match_timeout_s
-        transfer.peer, transfer.reservation = peer, message.key
-        transfer.wants_token = message.first_token
-        self._by_key[message.key] = transfer
-        transfer.progress.reserve(message.num_tokens, want)
+            transfer = self._add(id)
+        share = transfer.open
+        if share is None:
+            share = SendShare(transfer, SendState.UNMATCHED, now + self._config.match_timeout_s)
+            transfer.shares.append(share)
+        transfer.expected = max(transfer.expected, message.shares)
+        transfer.owner = known.engine
+        share.peer, share.key, share.wants_token = peer, message.key, message.first_token
+        self._by_key[message.key] = share
+        share.progress = PushProgress(
+            known.route,
+            (self._info.layout.groups, known.info.layout.groups),
+            self._layer_groups,
+            transfer.computed,
+            message.num_tokens,
+            want,
+            self._config.push_bytes,
+        )
+        share.first_write = share.landed = now
         if transfer.held:
-            transfer.deadline = now + self._config.lease_s
-        self._handle(transfer, SendEvent.RESERVE, now)
-        self._push(transfer, now)
+            share.deadline = now + self._config.lease_s
+        self._handle(share, SendEvent.RESERVE, now)
+        self._make_room(transfer, now)
+        self._push(share, now)
         self._settle(transfer)
 
     def _refusal(
-        self, peer: PeerId, message: Reserve, want: Sequence[Want], transfer: SendTransfer | None
+        self,
+        peer: PeerId,
+        known: Peer | None,
+        message: Reserve,
+        want: Sequence[Want],
+        transfer: SendTransfer | None,
     ) -> str | None:
         if message.key in self._over:
             return self._over[message.key]
-        if peer not in self._peers:
+        if known is None:
             return "say hello first"
-        if transfer is None and (message.transfer_id, message.prompt_hash) in self._over:
-            return self._over[message.transfer_id, message.prompt_hash]
-        if transfer is not None and transfer.reservation:
+        check_want(want, known.info.layout)
+        if transfer is None:
+            return self._over.get((message.transfer_id, message.prompt_hash))
+        if transfer.owner not in ("", known.engine) or any(s.peer == peer for s in transfer.shares):
             return "another decode request has reserved this transfer"
-        check_want(want, self._peers[peer].info.layout)
+        if transfer.request_id is not None and transfer.open is None:
+            taken = sum(s.key > 0 for s in transfer.shares)
+            return "all of it is reserved" if taken >= transfer.expected else transfer.reason
         return None
 
+    def _make_room(self, transfer: SendTransfer, now: float) -> None:
+        """Let the next reservation come, if one is to."""
+        if len(transfer.shares) >= transfer.expected or transfer.request_id is None or transfer.open:
+            return
+        if transfer.held or not transfer.ended:
+            state = SendState.HELD if transfer.held else SendState.QUEUED
+            transfer.shares.append(SendShare(transfer, state, now + self._config.lease_s))
+
     def _cancel(self, peer: PeerId, message: Cancel, now: float) -> None:
-        transfer = self._by_key.get(message.key)
-        if transfer is None:
+        share = self._by_key.get(message.key)
+        if share is None:
             # Remembered, so that a reservation that comes after its cancel is refused.
             self._remember(message.key, "cancelled")
             self._ports.send(peer, CancelAck(message.key))
             return
-        self._handle(transfer, SendEvent.CANCEL, now, "decode cancelled")
-        self._settle(transfer)
+        self._handle(share, SendEvent.CANCEL, now, "decode cancelled")
+        self._settle(share.transfer)
 
     def _release(self, message: Release, now: float) -> None:
         id = (message.transfer_id, message.prompt_hash)
         if (transfer := self._transfers.get(id)) is None:
             self._remember(id, "decode released it")
             return
-        self._handle(transfer, SendEvent.RELEASE, now, "decode released it")
+        self._handle_all(transfer, SendEvent.RELEASE, now, "decode released it")
         self._settle(transfer)
 
     def _heartbeat(self, peer: PeerId, message: Heartbeat, now: float) -> None:
         unknown = []
         for key in message.keys:
-            transfer = self._by_key.get(key)
-            if transfer is None:
+            share = self._by_key.get(key)
+            if share is None:
                 unknown.append(key)
-            elif transfer.session.state is SendState.PUSHING and transfer.held:
-                transfer.deadline = now + self._config.lease_s
+            elif share.session.state is SendState.PUSHING and share.transfer.held:
+                share.deadline = now + self._config.lease_s
         self._ports.send(peer, HeartbeatAck(tuple(unknown)))
 
-    def _add(self, id: TransferKey, state: SendState, now: float) -> SendTransfer:
-        progress = PushProgress(
-            self._info.layout.groups, self._layer_groups, self._block_bytes, self._config.push_bytes
-        )
-        transfer = self._transfers[id] = SendTransfer(id, state, progress, now)
+    def _add(self, id: TransferKey) -> SendTransfer:
+        transfer = self._transfers[id] = SendTransfer(id, len(self._info.layout.groups))
         return transfer
 
-    def _push(self, transfer: SendTransfer, now: float) -> None:
-        if transfer.session.state is SendState.PUSHING and transfer.request_id is not None:
-            assert transfer.peer is not None
-            peer = self._peers.get(transfer.peer)
+    def _push(self, share: SendShare, now: float) -> None:
+        session, progress = share.session, share.progress
+        if session.state is SendState.PUSHING and progress is not None:
+            assert share.peer is not None
+            peer = self._peers.get(share.peer)
             while peer is not None and peer.linked:
                 try:
-                    write = transfer.progress.next(self._clock)
+                    write = progress.next(self._clock)
                 except IndexError:
                     # The prompts hash alike, so this is a decode side that counts its blocks differently.
-                    self._handle(
-                        transfer,
-                        SendEvent.WRITE_FAILED,
-                        now,
-                        "decode wants blocks that this prompt does not have",
-                    )
+                    why = "decode wants blocks that this prompt does not have"
+                    self._handle(share, SendEvent.WRITE_FAILED, now, why)
                     break
                 if write is None:
                     break
-                pairs = [
-                    (i, write.source[plane.layer], write.target[plane.layer])
-                    for i, plane in enumerate(self._info.layout.planes)
-                    if plane.layer in write.source
-                ]
-                plan = copy_plan(self._info.layout, peer.info.layout, pairs)
-                plan = msgspec.structs.replace(plan, after=self._clock.after(write.mark))
-                if not transfer.op_bytes and not transfer.nbytes:
-                    transfer.first_write = transfer.landed = now
-                transfer.op_bytes[write.op] = plan.nbytes
-                self._ports.write(transfer.peer, transfer.reservation, write.op, plan)
-            if transfer.complete:
-                self._handle(transfer, SendEvent.COMPLETE, now)
-        if transfer.session.state is SendState.DRAINING and not transfer.progress.in_flight:
-            self._handle(transfer, SendEvent.DRAINED, now)
+                plan = peer.route.plan(write.source, write.target, self._clock.after(write.mark))
+                if not share.op_bytes and not share.nbytes:
+                    share.first_write = share.landed = now
+                share.op_bytes[write.op] = plan.nbytes
+                self._ports.write(share.peer, share.key, write.op, plan)
+            if share.complete:
+                self._handle(share, SendEvent.COMPLETE, now)
+        if session.state is SendState.DRAINING and share.idle:
+            self._handle(share, SendEvent.DRAINED, now)
 
-    def _handle(self, transfer: SendTransfer, event: SendEvent, now: float, reason: str = "") -> None:
-        session = transfer.session
+    def _handle_all(self, transfer: SendTransfer, event: SendEvent, now: float, reason: str = "") -> None:
+        for share in list(transfer.shares):
+            self._handle(share, event, now, reason)
+
+    def _handle(self, share: SendShare, event: SendEvent, now: float, reason: str = "") -> None:
+        session = share.session
         before = session.state
         actions = session.handle(event, reason)
         if session.state is SendState.DRAINING and before is not SendState.DRAINING:
-            transfer.deadline = now + self._config.peer_timeout_s
-            self._ports.cancel(transfer.reservation)
+            share.deadline = now + self._config.peer_timeout_s
+            self._ports.cancel(share.key)
         for action in actions:
             if action is SendAction.REPLY:
                 action = SendAction.SEND_CANCEL_ACK if session.cancelled else SendAction.SEND_FAILED
-            key = transfer.reservation
-            marks = self._ports.marks(transfer.peer) if transfer.peer is not None else ()
+            marks = self._ports.marks(share.peer) if share.peer is not None else ()
             match action:
                 case SendAction.SEND_DONE:
-                    message: Message = transfer.done(marks)
+                    message: Message = share.done(marks)
                 case SendAction.SEND_FAILED:
-                    message = Failed(key, session.reason, marks)
+                    message = Failed(share.key, session.reason, marks)
                 case SendAction.SEND_CANCEL_ACK:
-                    message = CancelAck(key, marks)
+                    message = CancelAck(share.key, marks)
                 case SendAction.FREE:
-                    transfer.freed = True
+                    share.freed = True
                     continue
-            if transfer.peer is not None:
-                self._ports.send(transfer.peer, message)
-        if session.state is SendState.DRAINING and not transfer.progress.in_flight:
-            self._handle(transfer, SendEvent.DRAINED, now)
+            if share.peer is not None:
+                self._ports.send(share.peer, message)
+        if session.state is SendState.DRAINING and share.idle:
+            self._handle(share, SendEvent.DRAINED, now)
 
     def _settle(self, transfer: SendTransfer) -> None:
         """Free what may be freed and forget what is over."""
@@ -390,20 +388,16 @@ class PrefillEnd:
             assert transfer.request_id is not None
             transfer.held = False
             self._ports.sent(transfer.request_id)
-        if transfer.session.state is not SendState.CLOSED:
+        for share in transfer.shares:
+            if share.session.state is SendState.CLOSED and self._by_key.pop(share.key, None) is not None:
+                self._remember(share.key, share.session.reason or "it was delivered")
+        if not transfer.over or not (transfer.request_id is None or transfer.ended):
             return
-        reason = transfer.session.reason or "it was delivered"
-        if transfer.reservation and self._by_key.pop(transfer.reservation, None) is not None:
-            self._remember(transfer.reservation, reason)
-        if transfer.request_id is None or transfer.ended:
-            if self._transfers.get(transfer.id) is transfer:
-                del self._transfers[transfer.id]
-                self._remember(transfer.id, f"prefill no longer holds it: {reason}")
-            if (
-                transfer.request_id is not None
-                and self._by_request.pop(transfer.request_id, None) is not None
-            ):
-                self._remember(transfer.request_id, reason)
+        if self._transfers.get(transfer.id) is transfer:
+            del self._transfers[transfer.id]
+            self._remember(transfer.id, f"prefill no longer holds it: {transfer.reason}")
+        if transfer.request_id is not None and self._by_request.pop(transfer.request_id, None) is not None:
+            self._remember(transfer.request_id, transfer.reason)
 
     def _remember(self, what: TransferKey | int | str, reason: str) -> None:
         self._over[what] = reason

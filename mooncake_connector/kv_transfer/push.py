@@ -1,10 +1,10 @@
 """Which KV of a request may be pushed, and which has landed: prefill's bookkeeping of one transfer.
 
-Sans-IO. A block is pushed once it is complete (or the prompt is), per layer, so that the first layers of a
-chunk travel while the last ones are computed. A preempted request's blocks belong to others at once: writes
-that were in flight then may have carried another request's bytes, so they count as *void* and their blocks
-are pushed again, after the void writes have ended (bytes of two writes to one block must not cross on the
-way).
+Sans-IO. A unit (a block, if both sides' are alike; see `routes`) is pushed once it is complete (or the prompt
+is), per layer, so that the first layers of a chunk travel while the last ones are computed. A preempted
+request's blocks belong to others at once: writes that were in flight then may have carried another request's
+bytes, so they count as *void* and their units are pushed again, after the void writes have ended (bytes of
+two writes to one block must not cross on the way).
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ import numpy as np
 
 from mooncake_connector.kv_transfer.layout import BlockIds, Group, KVLayout
 from mooncake_connector.kv_transfer.plan import Event
+from mooncake_connector.kv_transfer.routes import Route, units_of
 
 
 class Clock(Protocol):
@@ -81,63 +82,23 @@ class Chunk(msgspec.Struct, frozen=True):
     hits_ready: bool
 
 
-class Span(msgspec.Struct, frozen=True):
-    """Entries ``[begin, end)`` of the layer's group's `Want`."""
-
-    layer: int
-    begin: int
-    end: int
-
-
-class Write(msgspec.Struct, frozen=True, eq=False):
-    """One submission: per layer the source blocks and the target blocks (int64, equal lengths).
+class Computed:
+    """How much of a request's KV exists on this worker, and where.
 
     Attributes:
-        mark: of the clock, after which the source is in memory.
+        table: per group, the ids of the request's blocks.
+        ready: tokens that are in memory when `step` begins.
+        step: the last step that computes some of it; -1: none has, or what it computed is lost.
+        step_ready: tokens that are in memory when that step has ended.
+        preemptions: how often its blocks were taken away.
     """
 
-    op: int
-    mark: int
-    spans: tuple[Span, ...]
-    source: dict[int, BlockIds]
-    target: dict[int, BlockIds]
-
-
-class PushProgress:
-    """Progress of one request's push.
-
-    Args:
-        groups: KV cache groups of the layout.
-        layer_groups: group of each layer.
-        block_bytes: bytes of one block, of each layer.
-        least: bytes that a write must have while the step that it overlaps with runs on.
-    """
-
-    def __init__(
-        self,
-        groups: Sequence[Group],
-        layer_groups: Sequence[int],
-        block_bytes: Sequence[int],
-        least: int = 0,
-    ) -> None:
-        self._groups = groups
-        self._layer_groups = layer_groups
-        self._block_bytes = block_bytes
-        self._least = least
-        self._num_tokens = 0
-        self._want: Sequence[Want] | None = None
-        self._table: list[list[int]] = [[] for _ in groups]
-        self._pushed = [0] * len(layer_groups)
-        self._ready = 0
-        self._step = -1
-        self._step_ready = 0
-        self._in_flight: dict[int, tuple[Span, ...]] = {}
-        self._void: set[int] = set()
-        self._next_op = 0
-
-    def reserve(self, num_tokens: int, want: Sequence[Want]) -> None:
-        """Decode wants these blocks, which hold the KV of the prompt's first `num_tokens` tokens."""
-        self._num_tokens, self._want = num_tokens, want
+    def __init__(self, num_groups: int) -> None:
+        self.table: list[list[int]] = [[] for _ in range(num_groups)]
+        self.ready = 0
+        self.step = -1
+        self.step_ready = 0
+        self.preemptions = 0
 
     def chunk(
         self,
@@ -156,105 +117,170 @@ class PushProgress:
             hits_ready: whether tokens before `start` are in memory already (a prefix hit may be another
                 request's chunk of this very step).
         """
-        self._ready = max(self._ready, self._step_ready)
+        self.ready = max(self.ready, self.step_ready)
         if replace:
-            self._table = [list(ids) for ids in blocks]
+            self.table = [list(ids) for ids in blocks]
         else:
-            for table, ids in zip(self._table, blocks, strict=True):
+            for table, ids in zip(self.table, blocks, strict=True):
                 table.extend(ids)
         if hits_ready:
-            self._ready = max(self._ready, start)
-        self._step, self._step_ready = step, end
+            self.ready = max(self.ready, start)
+        self.step, self.step_ready = step, end
 
     def preempted(self) -> None:
         """The request's blocks were freed; what is in flight may carry other requests' bytes."""
-        self._ready = self._step_ready = 0
-        self._step = -1
-        self._table = [[] for _ in self._groups]
-        self._void |= set(self._in_flight)
+        self.ready = self.step_ready = 0
+        self.step = -1
+        self.table = [[] for _ in self.table]
+        self.preemptions += 1
+
+    def has(self, num_tokens: int, last_layer: int, clock: Clock) -> bool:
+        """Whether the KV of the first `num_tokens` tokens is in memory, in all layers."""
+        if self.step < 0:
+            return False
+        if self.ready >= num_tokens:
+            return clock.began(self.step) <= clock.passed()
+        mark = clock.written(last_layer, self.step)
+        return self.step_ready >= num_tokens and mark is not None and mark <= clock.passed()
+
+
+class Span(msgspec.Struct, frozen=True):
+    """Entries ``[begin, end)`` of what is wanted of the layer's group."""
+
+    layer: int
+    begin: int
+    end: int
+
+
+class Write(msgspec.Struct, frozen=True, eq=False):
+    """One submission: per layer the source units and the target units (int64, equal lengths).
+
+    Attributes:
+        mark: of the clock, after which the source is in memory.
+        preemptions: of the request, when it was submitted.
+    """
+
+    op: int
+    mark: int
+    preemptions: int
+    spans: tuple[Span, ...]
+    source: dict[int, BlockIds]
+    target: dict[int, BlockIds]
+
+
+class PushProgress:
+    """Progress of one request's push to one decode worker.
+
+    Args:
+        groups: KV cache groups here and there.
+        layer_groups: group of each layer of this worker.
+        least: bytes that a write must have while the step that it overlaps with runs on.
+        num_tokens: tokens of the prompt whose KV is wanted.
+        want: decode's blocks for it.
+    """
+
+    def __init__(
+        self,
+        route: Route,
+        groups: tuple[Sequence[Group], Sequence[Group]],
+        layer_groups: Sequence[int],
+        computed: Computed,
+        num_tokens: int,
+        want: Sequence[Want],
+        least: int = 0,
+    ) -> None:
+        self._route, self._computed = route, computed
+        self._num_tokens, self._least = num_tokens, least
+        self._layer_groups = layer_groups
+        self._per_block = [g.block_size // u for g, u in zip(groups[0], route.unit, strict=True)]
+        self._index: list[BlockIds] = []
+        self._target: list[BlockIds] = []
+        for w, g, unit in zip(want, groups[1], route.unit, strict=True):
+            index = units_of(w.index, g.block_size // unit)
+            real = index * unit < num_tokens
+            self._index.append(index[real])
+            self._target.append(units_of(w.block, g.block_size // unit)[real])
+        self._pushed = dict.fromkeys(route.layers, 0)
+        self._in_flight: dict[int, Write] = {}
+        self._next_op = 0
 
     def next(self, clock: Clock) -> Write | None:
-        """The next write, with everything that has become ready, or None."""
-        if self._want is None or self._void:
+        """The next write, with everything that has become ready, or None.
+
+        Raises:
+            IndexError: Decode wants blocks that the request does not have.
+        """
+        computed, step = self._computed, self._computed.step
+        if any(write.preemptions != computed.preemptions for write in self._in_flight.values()):
             return None
-        began = clock.began(self._step) if self._step >= 0 else 0
-        before = [self._complete_blocks(g, self._ready) for g in range(len(self._groups))]
-        within = [
-            self._complete_blocks(g, max(self._ready, self._step_ready)) for g in range(len(self._groups))
-        ]
-        ready: list[tuple[int, Span]] = []
+        began = clock.began(step) if step >= 0 else 0
+        before = [self._complete_units(g, computed.ready) for g in range(len(self._index))]
+        until = max(computed.ready, computed.step_ready)
+        within = [self._complete_units(g, until) for g in range(len(self._index))]
+        ready: list[tuple[int, int, Span]] = []
         running = False
-        for layer, group in enumerate(self._layer_groups):
+        for layer, nbytes in zip(self._route.layers, self._route.unit_bytes, strict=True):
+            group = self._layer_groups[layer]
             pushed, end, mark = self._pushed[layer], before[group], began
-            written = clock.written(layer, self._step) if self._step >= 0 else None
+            written = clock.written(layer, step) if step >= 0 else None
             if written is None:
-                running |= self._step >= 0
+                running |= step >= 0
             elif within[group] > max(end, pushed):
                 end, mark = within[group], written
             if end > pushed:
-                ready.append((mark, Span(layer, pushed, end)))
+                ready.append((mark, nbytes * (end - pushed), Span(layer, pushed, end)))
         if not ready:
             return None
         # A GPU may be far behind what was issued: what it has computed must not wait for what it has not.
         ready.sort(key=lambda entry: entry[0])
         spans: list[Span] = []
-        nbytes, last = 0, clock.passed()
-        for mark, span in ready:
-            if mark > last and nbytes >= max(self._least, 1):
+        total, last = 0, clock.passed()
+        for mark, nbytes, span in ready:
+            if mark > last and total >= max(self._least, 1):
                 break
             last = max(last, mark)
             spans.append(span)
-            nbytes += (span.end - span.begin) * self._block_bytes[span.layer]
-        if running and nbytes < self._least:
+            total += nbytes
+        if running and total < self._least:
             return None
         source, target = {}, {}
-        tables = [np.asarray(t, np.int64) for t in self._table]
+        tables = [np.asarray(t, np.int64) for t in computed.table]
         for span in spans:
-            want = self._want[self._layer_groups[span.layer]]
-            source[span.layer] = tables[self._layer_groups[span.layer]][want.index[span.begin : span.end]]
-            target[span.layer] = want.block[span.begin : span.end]
+            group = self._layer_groups[span.layer]
+            block, inside = np.divmod(self._index[group][span.begin : span.end], self._per_block[group])
+            source[span.layer] = tables[group][block] * self._per_block[group] + inside
+            target[span.layer] = self._target[group][span.begin : span.end]
             self._pushed[span.layer] = span.end
-        write = Write(self._next_op, last, tuple(spans), source, target)
-        self._in_flight[write.op] = write.spans
+        write = Write(self._next_op, last, computed.preemptions, tuple(spans), source, target)
+        self._in_flight[write.op] = write
         self._next_op += 1
         return write
 
     def ended(self, op: int) -> None:
-        """The write landed; if a preemption made it void, its blocks are due again."""
-        for span in self._in_flight.pop(op):
-            if op in self._void:
+        """The write landed; if a preemption made it void, its units are due again."""
+        write = self._in_flight.pop(op)
+        if write.preemptions != self._computed.preemptions:
+            for span in write.spans:
                 self._pushed[span.layer] = min(self._pushed[span.layer], span.begin)
-        self._void.discard(op)
 
     @property
     def in_flight(self) -> int:
         return len(self._in_flight)
 
-    def prefilled(self, clock: Clock) -> bool:
-        """Whether all the KV that decode wants is in memory."""
-        if self._step < 0:
-            return False
-        if self._ready >= self._num_tokens:
-            return clock.began(self._step) <= clock.passed()
-        mark = clock.written(len(self._layer_groups) - 1, self._step)
-        return self._step_ready >= self._num_tokens and mark is not None and mark <= clock.passed()
+    @property
+    def num_tokens(self) -> int:
+        return self._num_tokens
 
     @property
     def complete(self) -> bool:
-        """Whether every wanted block of every layer has landed."""
-        return (
-            self._want is not None
-            and not self._in_flight
-            and all(
-                pushed == self._want[group].index.size
-                for pushed, group in zip(self._pushed, self._layer_groups, strict=True)
-            )
+        """Whether every wanted unit of every layer has landed."""
+        return not self._in_flight and all(
+            pushed == self._index[self._layer_groups[layer]].size for layer, pushed in self._pushed.items()
         )
 
-    def _complete_blocks(self, group: int, tokens: int) -> int:
-        """How many entries of the group's want are complete once `tokens` tokens are computed."""
-        assert self._want is not None
-        want = self._want[group]
+    def _complete_units(self, group: int, tokens: int) -> int:
+        """How many of the group's wanted units are complete once `tokens` tokens are computed."""
+        index = self._index[group]
         if tokens >= self._num_tokens:
-            return int(want.index.size)
-        return int(np.searchsorted(want.index, tokens // self._groups[group].block_size))
+            return int(index.size)
+        return int(np.searchsorted(index, tokens // self._route.unit[group]))

@@ -1,4 +1,4 @@
-"""The push protocol: one state machine per transfer and end. Sans-IO: events in, actions out.
+"""The push protocol: one state machine per reservation and end. Sans-IO: events in, actions out.
 
 Two tables say everything. A pair (state, event) that a table does not list is a late, doubled or meaningless
 event: nothing happens. What the tables guarantee, and the stateful property tests check against a network
@@ -7,7 +7,8 @@ that loses, doubles, delays and a peer that dies:
 - decode reports a reservation exactly once, and only when no write can land in its blocks any more:
   prefill said so (DONE, FAILED, CANCEL_ACKED: it has no write in flight), or a fence made late writes
   impossible (FENCED);
-- prefill lets go of a request's blocks exactly once, whatever becomes of decode.
+- prefill lets go of a request's blocks exactly once, whatever becomes of decode: when every reservation of
+  them has, and none is still to come.
 """
 
 from enum import StrEnum, auto
@@ -15,7 +16,7 @@ from typing import ClassVar
 
 
 class ReceiveState(StrEnum):
-    """Decode's end of one transfer."""
+    """Decode's end of one reservation."""
 
     CONNECTING = auto()  # no link to prefill yet; nothing was granted
     WAITING = auto()  # blocks granted, reservation sent: bytes may land
@@ -30,7 +31,7 @@ class ReceiveEvent(StrEnum):
     CANCEL_ACKED = auto()  # prefill: cancelled, no write in flight
     FENCED = auto()  # our transport: no write can land any more
     ABORT = auto()  # our scheduler: the request is gone
-    DEADLINE = auto()
+    GIVEN_UP = auto()  # the deadline is over, or another part of the same load has failed
     PEER_LOST = auto()
 
 
@@ -55,12 +56,12 @@ _R, _RE, _RA = ReceiveState, ReceiveEvent, ReceiveAction
 RECEIVE_TABLE: dict[tuple[ReceiveState, ReceiveEvent], tuple[ReceiveState, tuple[ReceiveAction, ...]]] = {
     (_R.CONNECTING, _RE.LINK_UP): (_R.WAITING, (_RA.GRANT, _RA.SEND_RESERVE)),
     (_R.CONNECTING, _RE.PEER_LOST): (_R.CLOSED, (_RA.REPORT,)),
-    (_R.CONNECTING, _RE.DEADLINE): (_R.CLOSED, (_RA.SEND_RELEASE, _RA.REPORT)),
+    (_R.CONNECTING, _RE.GIVEN_UP): (_R.CLOSED, (_RA.SEND_RELEASE, _RA.REPORT)),
     (_R.CONNECTING, _RE.ABORT): (_R.CLOSED, (_RA.SEND_RELEASE, _RA.REPORT)),
     (_R.WAITING, _RE.DONE): (_R.CLOSED, (_RA.UNGRANT, _RA.REPORT)),
     (_R.WAITING, _RE.FAILED): (_R.CLOSED, (_RA.UNGRANT, _RA.REPORT)),
     (_R.WAITING, _RE.PEER_LOST): (_R.FENCING, (_RA.FENCE,)),
-    (_R.WAITING, _RE.DEADLINE): (_R.FENCING, (_RA.SEND_CANCEL, _RA.FENCE)),
+    (_R.WAITING, _RE.GIVEN_UP): (_R.FENCING, (_RA.SEND_CANCEL, _RA.FENCE)),
     (_R.WAITING, _RE.ABORT): (_R.FENCING, (_RA.SEND_CANCEL, _RA.FENCE)),
     (_R.FENCING, _RE.ABORT): (_R.FENCING, ()),
     (_R.FENCING, _RE.FENCED): (_R.CLOSED, (_RA.UNGRANT, _RA.REPORT)),
@@ -100,7 +101,7 @@ class ReceiveSession:
 
 
 class SendState(StrEnum):
-    """Prefill's end of one transfer."""
+    """Prefill's end of one reservation, or of one that is yet to come."""
 
     QUEUED = auto()  # the prefill request is known, nobody has reserved
     UNMATCHED = auto()  # reserved, but the prefill request has not come (yet)

@@ -1,4 +1,4 @@
-"""A world for the push protocol: two schedulers, their memories and a bad network, under the real ends.
+"""A world for the push protocol: two schedulers, memories of all ranks, a bad network, under the real ends.
 
 The transport modelled here is weaker than ours: the target can't refuse a write, it can only have a fence
 *completed* some time after asking for it, and until then anything in flight may land (as with RDMA or CUDA
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.kv_transfer.clock import LayerClock
 from mooncake_connector.kv_transfer.decode_end import DecodeEnd
-from mooncake_connector.kv_transfer.layout import Group, KVLayout, Plane, WorkerInfo
+from mooncake_connector.kv_transfer.layout import Field, Group, KVLayout, Plane, WorkerInfo
 from mooncake_connector.kv_transfer.memory import Ranges
 from mooncake_connector.kv_transfer.messages import (
     PROTOCOL,
@@ -27,12 +27,13 @@ from mooncake_connector.kv_transfer.messages import (
 from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.prefill_end import PrefillEnd
 from mooncake_connector.kv_transfer.push import Chunk
+from mooncake_connector.kv_transfer.routes import WorkerAt
 from mooncake_connector.kv_transfer.session import Outcome
 from mooncake_connector.kv_transfer.transport.base import Endpoint, Mark, SourceIdentity
 
 LAYERS = 2
 BLOCK = 4  # tokens
-PAGE = 16  # bytes of one block of one layer
+CELL = 16  # bytes of one head of one block of one layer
 POOL = 12  # blocks on each side
 PLANE = 1 << 20  # bytes between the layers
 
@@ -46,14 +47,30 @@ CONFIG = ConnectorConfig(
     push_bytes=0,
 )
 
+Cell = tuple[int, int, int]
+"""Layer, block, head (of those that the rank holds)."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many ranks each side has, and how many KV heads the model: fewer than ranks are held alike."""
+
+    prefill: int = 1
+    decode: int = 1
+    heads: int = 1
+
 
 def blocks_of(tokens: int) -> int:
     return -(-tokens // BLOCK)
 
 
-def info(engine_id: str, incarnation: int, base: int) -> WorkerInfo:
-    planes = tuple(Plane(layer, 0, base + layer * PLANE, PAGE, PAGE) for layer in range(LAYERS))
-    layout = KVLayout(POOL, (Group(BLOCK, 0, "full"),), planes, ("page",) * LAYERS)
+def info(engine_id: str, incarnation: int, base: int, tp_size: int, rank: int, heads: int) -> WorkerInfo:
+    own = max(1, heads // tp_size)
+    content = (Field(0, CELL // BLOCK, CELL // BLOCK),)
+    planes = tuple(
+        Plane(layer, 0, base + layer * PLANE, own * CELL, own * CELL, BLOCK, own, CELL, content)
+        for layer in range(LAYERS)
+    )
     return WorkerInfo(
         protocol=PROTOCOL,
         plugin="0",
@@ -63,10 +80,16 @@ def info(engine_id: str, incarnation: int, base: int) -> WorkerInfo:
         model="m",
         model_hash="h",
         dtype="float32",
-        tp_size=1,
+        tp_size=tp_size,
         pp_size=1,
-        rank=0,
-        layout=layout,
+        rank=rank,
+        layout=KVLayout(
+            POOL,
+            (Group(BLOCK, 0, "full"),),
+            planes,
+            ("page",) * LAYERS,
+            heads=(heads,) * LAYERS,
+        ),
     )
 
 
@@ -76,11 +99,11 @@ class WriteAfterFree(AssertionError):
 
 @dataclass(eq=False)
 class Connection:
-    """One side channel and one data link between a decode and a prefill incarnation."""
+    """One side channel and one data link between a rank of decode and one of prefill."""
 
     id: int
-    prefill: "PrefillWorld"
-    decode: "DecodeWorld"
+    prefill: "PrefillRank"
+    decode: "DecodeRank"
     to_prefill: deque[Message] = field(default_factory=deque)
     to_decode: deque[Message] = field(default_factory=deque)
     offer: OpenLink | None = None
@@ -100,7 +123,7 @@ class FlyingWrite:
     connection: Connection
     key: int
     op: int
-    pages: deque[tuple[int, int, int]]  # layer, source block, target block
+    cells: deque[tuple[Cell, Cell]]
     refused: bool = False
 
 
@@ -115,25 +138,29 @@ class PrefillRequest:
     waiting: bool = True  # for its first chunk, or after a preemption
     ended: bool = False
     held: bool = False
+    sent: int = 0  # by so many ranks
 
 
-class PrefillWorld:
-    """Prefill's scheduler and memory, and the ports of the real `PrefillEnd`."""
+class PrefillRank:
+    """One rank's memory, and the ports of its real `PrefillEnd`."""
 
-    def __init__(self, world: "World", incarnation: int) -> None:
-        self.world, self.incarnation, self.alive = world, incarnation, True
+    def __init__(self, engine: "PrefillWorld", rank: int) -> None:
+        world = engine.world
+        self.world, self.engine = world, engine
         self.clock = LayerClock(LAYERS)
-        self.end = PrefillEnd(
-            info("p", incarnation, 0), SourceIdentity(1, "h", 0, b""), CONFIG, self, self.clock, ["model"]
-        )
-        self.free = list(range(1, POOL))
-        self.memory: list[dict[int, tuple[int, int, int]]] = [{} for _ in range(LAYERS)]
-        self.requests: dict[str, PrefillRequest] = {}
-        self.steps = 0
-        self.chunk: tuple[PrefillRequest, int, int] | None = None  # of the running step: request, start, end
-        self.layers_written = LAYERS
+        self.info = info("p", engine.incarnation, 0, world.ranks.prefill, rank, world.ranks.heads)
+        self.address = f"tcp://p:{engine.incarnation}:{rank}"
+        self.end = PrefillEnd(self.info, SourceIdentity(1, "h", 0, b""), CONFIG, self, self.clock, ["model"])
+        self.memory: dict[Cell, tuple[int, int, int, int]] = {}
 
-    # the ports
+    @property
+    def alive(self) -> bool:
+        return self.world.prefill is self.engine
+
+    def fill(self, layer: int, block: int, prompt: int, index: int, filled: int) -> None:
+        for at, head in enumerate(self.info.heads_of(self.info.layout.planes[layer])):
+            self.memory[layer, block, at] = (prompt, index, filled, head)
+
     def send(self, peer: bytes, message: Message) -> None:
         if (connection := self.world.connection(peer)) is not None and not connection.hung_up:
             connection.to_decode.append(message)
@@ -146,12 +173,13 @@ class PrefillWorld:
         connection = self.world.connection(peer)
         assert connection is not None
         assert connection.linked, "a write before its link"
-        pages: deque[tuple[int, int, int]] = deque()
-        for src, dst, length in zip(plan.src.tolist(), plan.dst.tolist(), plan.length.tolist(), strict=True):
-            for offset in range(0, length, PAGE):
-                layer, source = divmod(src + offset, PLANE)
-                pages.append((layer, source // PAGE, (dst + offset - DECODE_BASE) % PLANE // PAGE))
-        self.world.flying.append(FlyingWrite(connection, key, op, pages, key in self.world.fenced))
+        cells: deque[tuple[Cell, Cell]] = deque()
+        flat = plan.flat()
+        for src, dst, length in zip(flat.src.tolist(), flat.dst.tolist(), flat.length.tolist(), strict=True):
+            for offset in range(0, length, CELL):
+                source = cell_at(self.info, src + offset)
+                cells.append((source, cell_at(connection.decode.info, dst + offset - DECODE_BASE)))
+        self.world.flying.append(FlyingWrite(connection, key, op, cells, key in self.world.fenced))
 
     def cancel(self, key: int) -> None:
         """Writes of which nothing was sent end; which these are is up to the network."""
@@ -169,11 +197,53 @@ class PrefillWorld:
     def allow_reader(self, pid: int) -> None: ...
 
     def sent(self, request_id: str) -> None:
-        request = self.requests.pop(request_id)
+        self.engine.sent(request_id)
+
+
+def cell_at(worker: WorkerInfo, offset: int) -> Cell:
+    layer, inside = divmod(offset, PLANE)
+    block, head = divmod(inside // CELL, worker.layout.planes[0].heads)
+    return layer, block, head
+
+
+class PrefillWorld:
+    """Prefill's scheduler, and its ranks, which compute in step."""
+
+    def __init__(self, world: "World", incarnation: int) -> None:
+        self.world, self.incarnation = world, incarnation
+        self.ranks = [PrefillRank(self, rank) for rank in range(world.ranks.prefill)]
+        for rank in self.ranks:
+            rank.end.directory([WorkerAt(r.address, r.info) for r in self.ranks])
+        self.free = list(range(1, POOL))
+        self.requests: dict[str, PrefillRequest] = {}
+        self.steps = 0
+        self.chunk: tuple[PrefillRequest, int, int] | None = None  # of the running step: request, start, end
+        self.layers_written = LAYERS
+
+    @property
+    def num_transfers(self) -> int:
+        return sum(rank.end.num_transfers for rank in self.ranks)
+
+    def sent(self, request_id: str) -> None:
+        """A rank needs the request's blocks no more: with the last one's word they are free."""
+        request = self.requests[request_id]
         assert request.held, "blocks freed that nobody held"
-        self.free += request.blocks
+        request.sent += 1
+        assert request.sent <= len(self.ranks), "a rank has freed blocks twice"
+        if request.sent == len(self.ranks):
+            del self.requests[request_id]
+            self.scrap(request)
 
     # the scheduler
+    def expect(self, request: PrefillRequest) -> None:
+        self.requests[request.id] = request
+        for rank in self.ranks:
+            rank.end.expect(request.id, request.transfer, hash_of(request.prompt), self.world.now)
+
+    def pump(self) -> None:
+        for rank in self.ranks:
+            rank.end.pump(self.world.now)
+
     def begin_step(self, request: PrefillRequest, tokens: int, hits: int) -> None:
         """Compute `tokens` more; a request that begins finds `hits` blocks in the prefix cache."""
         assert self.chunk is None
@@ -187,9 +257,10 @@ class PrefillWorld:
         fresh = [self.free.pop(0) for _ in range(new)]
         request.blocks += fresh
         if request.waiting:
-            for layer in range(LAYERS):
-                for i in range(start // BLOCK):
-                    self.memory[layer][request.blocks[i]] = (request.prompt, i, BLOCK)
+            for rank in self.ranks:
+                for layer in range(LAYERS):
+                    for i in range(start // BLOCK):
+                        rank.fill(layer, request.blocks[i], request.prompt, i, BLOCK)
         self.steps += 1
         blocks = (list(request.blocks if request.waiting else fresh),)
         chunk = Chunk(
@@ -197,23 +268,27 @@ class PrefillWorld:
         )
         request.waiting = False
         request.computed = end
-        self.end.step(self.steps, [chunk], self.world.now)
+        for rank in self.ranks:
+            rank.end.step(self.steps, [chunk], self.world.now)
         self.chunk, self.layers_written = (request, start, end), 0
 
     def write_layer(self) -> None:
         assert self.chunk is not None
         request, start, end = self.chunk
-        for i in range(start // BLOCK, blocks_of(end)):
-            filled = min(BLOCK, end - i * BLOCK)
-            self.memory[self.layers_written][request.blocks[i]] = (request.prompt, i, filled)
-        self.clock.layer_written(self.layers_written, self.steps)
+        for rank in self.ranks:
+            for i in range(start // BLOCK, blocks_of(end)):
+                filled = min(BLOCK, end - i * BLOCK)
+                rank.fill(self.layers_written, request.blocks[i], request.prompt, i, filled)
+            rank.clock.layer_written(self.layers_written, self.steps)
         self.layers_written += 1
         if self.layers_written == LAYERS:
-            self.clock.step_ended(self.steps)
+            for rank in self.ranks:
+                rank.clock.step_ended(self.steps)
             self.chunk = None
 
     def preempt(self, request: PrefillRequest) -> None:
-        self.end.preempted([request.id])
+        for rank in self.ranks:
+            rank.end.preempted([request.id])
         self.scrap(request)
         request.waiting, request.computed = True, 0
 
@@ -223,13 +298,15 @@ class PrefillWorld:
         if aborted:
             del self.requests[request.id]
             self.scrap(request)
-        self.end.ended(request.id, request.held, self.world.now)
+        for rank in self.ranks:
+            rank.end.ended(request.id, request.held, self.world.now)
 
     def scrap(self, request: PrefillRequest) -> None:
         """Free its blocks; others write into them at once."""
         for block in request.blocks:
-            for layer in range(LAYERS):
-                self.memory[layer][block] = (-1, -1, BLOCK)
+            for rank in self.ranks:
+                for layer in range(LAYERS):
+                    rank.fill(layer, block, -1, -1, BLOCK)
         self.free += request.blocks
         request.blocks = []
 
@@ -249,26 +326,29 @@ class DecodeRequest:
     num_tokens: int
     cached: int  # blocks of its own prefix cache
     blocks: list[int]
-    reported: LoadReport | None = None
+    reports: dict[int, LoadReport] = field(default_factory=dict)  # by rank
+    reported: Outcome | None = None  # by all ranks
     gone: bool = False
 
 
-class DecodeWorld:
-    """Decode's scheduler and memory, and the ports of the real `DecodeEnd`."""
+class DecodeRank:
+    """One rank's memory, and the ports of its real `DecodeEnd`."""
 
-    def __init__(self, world: "World", incarnation: int) -> None:
-        self.world, self.incarnation, self.alive = world, incarnation, True
-        # As agent.py does: reservations of two incarnations never share a key.
-        self.end = DecodeEnd(
-            info("d", incarnation, DECODE_BASE), CONFIG, self, pid=2, first_key=incarnation * 1_000_000 + 1
-        )
-        self.free = list(range(1, POOL))
-        self.owner: dict[int, DecodeRequest] = {}
-        self.memory: list[dict[int, tuple[int, int, int]]] = [{} for _ in range(LAYERS)]
-        self.requests: dict[str, DecodeRequest] = {}
-        self.granted: dict[int, set[int]] = {}
+    def __init__(self, engine: "DecodeWorld", rank: int) -> None:
+        world = engine.world
+        self.world, self.engine, self.rank = world, engine, rank
+        ranks = world.ranks
+        self.info = info("d", engine.incarnation, DECODE_BASE, ranks.decode, rank, ranks.heads)
+        # As agent.py does: reservations of two incarnations, or ranks, never share a key.
+        first_key = (engine.incarnation * 16 + rank) * 1_000_000 + 1
+        self.end = DecodeEnd(self.info, CONFIG, self, pid=2, first_key=first_key)
+        self.memory: dict[Cell, tuple[int, int, int, int]] = {}
+        self.granted: dict[int, set[Cell]] = {}
 
-    # the ports
+    @property
+    def alive(self) -> bool:
+        return self.world.decode is self.engine
+
     def dial(self, address: str) -> int:
         return self.world.dial(self, address).id
 
@@ -285,10 +365,11 @@ class DecodeWorld:
         return Endpoint("", 0, name.encode())
 
     def grant(self, key: int, name: str, ranges: Ranges) -> None:
-        blocks: set[int] = set()
-        for start, end in zip(ranges.start.tolist(), ranges.end.tolist(), strict=True):
-            blocks |= {(at - DECODE_BASE) % PLANE // PAGE for at in range(start, end, PAGE)}
-        self.granted[key] = blocks
+        self.granted[key] = {
+            cell_at(self.info, at - DECODE_BASE)
+            for start, end in zip(ranges.start.tolist(), ranges.end.tolist(), strict=True)
+            for at in range(start, end, CELL)
+        }
 
     def fence(self, key: int) -> None:
         self.world.fences.append((self, key))
@@ -300,17 +381,51 @@ class DecodeWorld:
         self.world.awaited.append((self, then))
 
     def report(self, report: LoadReport) -> None:
-        request = self.requests[report.request_id]
-        assert request.reported is None, "reported twice"
-        request.reported = report
+        request = self.engine.requests[report.request_id]
+        assert self.rank not in request.reports, "reported twice"
         if report.outcome is Outcome.LOADED:
             needed = request.num_tokens - 1
+            heads = list(enumerate(self.info.heads_of(self.info.layout.planes[0])))
             for layer in range(LAYERS):
                 for i in range(request.cached, blocks_of(needed)):
-                    prompt, index, filled = self.memory[layer].get(request.blocks[i], (0, 0, 0))
-                    assert (prompt, index) == (request.prompt, i), "another request's KV was taken for ours"
-                    assert filled >= min(BLOCK, needed - i * BLOCK), "KV was taken before it was complete"
-        if request.gone or report.outcome is not Outcome.LOADED:
+                    for at, head in heads:
+                        cell = self.memory.get((layer, request.blocks[i], at), (0, 0, 0, 0))
+                        expected = (request.prompt, i, head)
+                        assert (*cell[:2], cell[3]) == expected, "other KV was taken for ours"
+                        assert cell[2] >= min(BLOCK, needed - i * BLOCK), (
+                            "KV was taken before it was complete"
+                        )
+        request.reports[self.rank] = report
+        self.engine.reported(request)
+
+
+class DecodeWorld:
+    """Decode's scheduler, and its ranks."""
+
+    def __init__(self, world: "World", incarnation: int) -> None:
+        self.world, self.incarnation = world, incarnation
+        self.ranks = [DecodeRank(self, rank) for rank in range(world.ranks.decode)]
+        for rank in self.ranks:
+            rank.end.directory([WorkerAt("", r.info) for r in self.ranks])
+        self.free = list(range(1, POOL))
+        self.owner: dict[int, DecodeRequest] = {}
+        self.requests: dict[str, DecodeRequest] = {}
+
+    @property
+    def num_loads(self) -> int:
+        return sum(rank.end.num_loads for rank in self.ranks)
+
+    @property
+    def granted(self) -> bool:
+        return any(rank.granted for rank in self.ranks)
+
+    def reported(self, request: DecodeRequest) -> None:
+        """A rank has reported; with the last one's word the request goes on, or its blocks are free."""
+        if len(request.reports) < len(self.ranks):
+            return
+        outcomes = {report.outcome for report in request.reports.values()}
+        request.reported = outcomes.pop() if len(outcomes) == 1 else Outcome.FAILED
+        if request.gone or request.reported is not Outcome.LOADED:
             self.release(request)
 
     # the scheduler
@@ -320,29 +435,34 @@ class DecodeWorld:
             self.owner[block] = request
         index = list(range(request.cached, blocks_of(request.num_tokens - 1)))
         want = WantBlocks(pack_blocks(index), pack_blocks([request.blocks[i] for i in index]))
-        self.end.reserve(
-            LocalReserve(
-                b"",
-                request.id,
-                "p",
-                address,
-                request.transfer,
-                hash_of(request.prompt),
-                request.num_tokens - 1,
-                (want,),
-            ),
-            self.world.now,
-        )
+        for rank in self.ranks:
+            rank.end.reserve(
+                LocalReserve(
+                    b"",
+                    request.id,
+                    "p",
+                    address,
+                    request.transfer,
+                    hash_of(request.prompt),
+                    request.num_tokens - 1,
+                    (want,),
+                ),
+                self.world.now,
+            )
 
     def abort(self, request: DecodeRequest) -> None:
         request.gone = True
         if request.reported is None:
-            self.end.abort(request.id, self.world.now)
+            for rank in self.ranks:
+                rank.end.abort(request.id, self.world.now)
         else:
             self.release(request)
 
     def release(self, request: DecodeRequest) -> None:
         """Its blocks go back to the pool, and are soon another's."""
+        granted = {cell[1] for rank in self.ranks for cells in rank.granted.values() for cell in cells}
+        if granted & set(request.blocks):
+            raise WriteAfterFree(f"blocks of {request.id} are free, and prefill may still write into them")
         for block in request.blocks:
             if self.owner.get(block) is request:
                 del self.owner[block]
@@ -351,17 +471,17 @@ class DecodeWorld:
 
 
 class World:
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
         self.now = 100.0
         self.connections: dict[int, Connection] = {}
         self.flying: list[FlyingWrite] = []
-        self.fences: list[tuple[DecodeWorld, int]] = []
+        self.fences: list[tuple[DecodeRank, int]] = []
         self.fenced: set[int] = set()
-        self.awaited: list[tuple[DecodeWorld, Callable[[float], None]]] = []
+        self.awaited: list[tuple[DecodeRank, Callable[[float], None]]] = []
         self.made = 0
         self.prefill = PrefillWorld(self, 0)
         self.decode = DecodeWorld(self, 0)
-        self.dead: list[DecodeWorld] = []
 
     def number(self) -> int:
         self.made += 1
@@ -369,14 +489,15 @@ class World:
 
     @property
     def address(self) -> str:
-        return f"tcp://p:{self.prefill.incarnation}"
+        return self.prefill.ranks[0].address
 
     def connection(self, peer: bytes) -> Connection | None:
         return self.connections.get(int.from_bytes(peer, "big"))
 
-    def dial(self, decode: DecodeWorld, address: str) -> Connection:
-        connection = Connection(self.number(), self.prefill, decode)
-        if address != self.address:  # nobody listens there any more
+    def dial(self, decode: DecodeRank, address: str) -> Connection:
+        rank = next((r for r in self.prefill.ranks if r.address == address), None)
+        connection = Connection(self.number(), rank or self.prefill.ranks[0], decode)
+        if rank is None:  # nobody listens there any more
             connection.prefill_told = True
             connection.hung_up = True
         self.connections[connection.id] = connection
@@ -391,14 +512,14 @@ class World:
         if lose:
             return
         if to_prefill:
-            if connection.prefill is self.prefill and not connection.prefill_told:
-                self.prefill.end.message(connection.peer, message, self.now)
-        elif connection.decode is self.decode and not connection.hung_up:
-            self.decode.end.message(connection.id, message, self.now)
+            if connection.prefill.alive and not connection.prefill_told:
+                connection.prefill.end.message(connection.peer, message, self.now)
+        elif connection.decode.alive and not connection.hung_up:
+            connection.decode.end.message(connection.id, message, self.now)
 
     def calm(self) -> None:
         """Everything under way in the network arrives, answers to it included."""
-        for _ in range(6):
+        for _ in range(8):
             for c in list(self.connections.values()):
                 while c.to_prefill:
                     self.deliver(c, True)
@@ -412,44 +533,45 @@ class World:
     def complete_link(self, connection: Connection) -> None:
         assert connection.offer is not None
         name, connection.offer = connection.offer.endpoint.token.decode(), None
-        if connection.hung_up or connection.prefill_told or connection.prefill is not self.prefill:
+        if connection.hung_up or connection.prefill_told or not connection.prefill.alive:
             return
         connection.name, connection.linked = name, True
-        self.decode.end.link_up(name, self.now)
-        self.prefill.end.link_up(connection.peer, self.now)
+        if connection.decode.alive:
+            connection.decode.end.link_up(name, self.now)
+        connection.prefill.end.link_up(connection.peer, self.now)
 
     def notice(self, connection: Connection, by_prefill: bool) -> None:
         """One side learns that the other is gone (or hung up, or that the link broke)."""
         if by_prefill:
             connection.prefill_told, connection.linked = True, False
-            if connection.prefill is self.prefill:
+            if connection.prefill.alive:
                 # The contract of a link that is down: no write of it is in flight.
                 self.end_writes(lambda w: w.connection is connection)
-                self.prefill.end.link_down(connection.peer, "gone", self.now)
+                connection.prefill.end.link_down(connection.peer, "gone", self.now)
         else:
             connection.decode_told = True
-            if connection.decode is self.decode:
-                self.decode.end.peer_lost(connection.id, "gone", self.now)
+            if connection.decode.alive:
+                connection.decode.end.peer_lost(connection.id, "gone", self.now)
 
     def end_writes(self, which: Callable[[FlyingWrite], bool]) -> None:
         self.flying = [w for w in self.flying if not which(w)]
 
-    def land(self, write: FlyingWrite, pages: int) -> None:
-        """Some pages of a write land; the last one ends it."""
+    def land(self, write: FlyingWrite, cells: int) -> None:
+        """Some cells of a write land; the last one ends it."""
         decode, prefill = write.connection.decode, write.connection.prefill
-        while write.pages and pages:
-            pages -= 1
-            layer, source, target = write.pages.popleft()
-            if write.refused or decode is not self.decode:
+        while write.cells and cells:
+            cells -= 1
+            source, target = write.cells.popleft()
+            if write.refused or not decode.alive:
                 continue
             if target not in decode.granted.get(write.key, ()):
-                raise WriteAfterFree(f"block {target} got bytes of reservation {write.key}")
-            decode.memory[layer][target] = prefill.memory[layer].get(source, (-2, -2, 0))
-        if not write.pages:
+                raise WriteAfterFree(f"{target} got bytes of reservation {write.key}")
+            decode.memory[target] = prefill.memory.get(source, (-2, -2, 0, 0))
+        if not write.cells:
             self.flying.remove(write)
-            if prefill is self.prefill and not write.connection.prefill_told:
+            if prefill.alive and not write.connection.prefill_told:
                 why = "fenced" if write.refused else None
-                self.prefill.end.write_ended(write.key, write.op, why, self.now)
+                prefill.end.write_ended(write.key, write.op, why, self.now)
 
     def complete_fence(self) -> None:
         decode, key = self.fences.pop(0)
@@ -457,29 +579,29 @@ class World:
         for write in self.flying:
             if write.key == key:
                 write.refused = True
-        if decode is self.decode:
+        if decode.alive:
             decode.end.fenced(key, self.now)
 
     def see_marks(self) -> None:
         decode, then = self.awaited.pop(0)
-        if decode is self.decode:
+        if decode.alive:
             then(self.now)
 
     def crash_prefill(self) -> None:
         """What its hardware had in flight may still land: on decode's memory it has the rights it had."""
-        self.prefill.alive = False
         self.prefill = PrefillWorld(self, self.prefill.incarnation + 1)
 
     def crash_decode(self) -> None:
-        self.decode.alive = False
-        self.dead.append(self.decode)
         self.decode = DecodeWorld(self, self.decode.incarnation + 1)
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
-        self.prefill.end.tick(self.now)
-        self.decode.end.tick(self.now)
-        self.prefill.end.pump(self.now)
+        for prefill in self.prefill.ranks:
+            prefill.end.tick(self.now)
+        for decode in self.decode.ranks:
+            decode.end.tick(self.now)
+        self.prefill.pump()
 
     def release(self, transfer: str, prompt: int) -> None:
-        self.decode.end.release(LocalRelease(b"", "p", self.address, transfer, hash_of(prompt)), self.now)
+        for rank in self.decode.ranks:
+            rank.end.release(LocalRelease(b"", "p", self.address, transfer, hash_of(prompt)), self.now)

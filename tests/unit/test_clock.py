@@ -3,8 +3,8 @@
 import numpy as np
 
 from mooncake_connector.kv_transfer.clock import GpuClock
-from mooncake_connector.kv_transfer.layout import Group
-from mooncake_connector.kv_transfer.push import PushProgress, Want, Write
+from mooncake_connector.kv_transfer.push import Want, Write
+from tests.unit.pushes import Push
 
 
 class Gpu:
@@ -51,14 +51,14 @@ def waits_until(gpu: Gpu, clock: GpuClock, mark: int) -> int:
     return max(at, default=gpu.done)
 
 
-def progress(num_layers: int, least: int = 0) -> PushProgress:
-    pushes = PushProgress([Group(4, 0, "full")], [0] * num_layers, [8] * num_layers, least)
+def progress(num_layers: int, least: int = 0) -> Push:
+    pushes = Push(num_layers, least=least)
     index = np.arange(1, dtype=np.int64)
     pushes.reserve(4, [Want(index, 100 + index)])
     return pushes
 
 
-def writes(pushes: PushProgress, clock: GpuClock) -> list[Write]:
+def writes(pushes: Push, clock: GpuClock) -> list[Write]:
     found = []
     while (write := pushes.next(clock)) is not None:
         found.append(write)

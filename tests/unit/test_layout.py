@@ -5,14 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooncake_connector.errors import IncompatibleError
-from mooncake_connector.kv_transfer.layout import (
-    Group,
-    KVLayout,
-    Plane,
-    WorkerInfo,
-    check_compatible,
-    copy_plan,
-)
+from mooncake_connector.kv_transfer.layout import Group, KVLayout, Plane, WorkerInfo, check_compatible
+from mooncake_connector.kv_transfer.routes import Route
 
 PAGE = 8
 BLOCKS = 16
@@ -30,11 +24,6 @@ def worker(**changes: object) -> WorkerInfo:
     return msgspec.structs.replace(info, **changes)
 
 
-def test_where_the_pages_are_does_not_matter_what_they_hold_does() -> None:
-    assert layout().fingerprint() == layout(base=4096, stride=32).fingerprint()
-    assert layout().fingerprint() != layout(groups=(Group(8, 0, "full"),)).fingerprint()
-
-
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -42,11 +31,10 @@ def test_where_the_pages_are_does_not_matter_what_they_hold_does() -> None:
         ({"model_hash": "x", "model": "other"}, "model: prefill has m, decode has other"),
         ({"model_hash": "x"}, "model configuration: prefill has h, decode has x"),
         ({"dtype": "bfloat16"}, "dtype: prefill has float32, decode has bfloat16"),
+        # Pages of which nobody says what they hold can only go to where they are alike.
         ({"tp_size": 2}, "tensor-parallel size: prefill has 1, decode has 2"),
-        (
-            {"layout": layout(groups=(Group(8, 0, "full"),))},
-            "full block size 4, decode has full block size 8",
-        ),
+        ({"layout": layout(groups=(Group(8, 0, "full"),))}, "page of the KV of layer 0"),
+        ({"layout": layout(groups=(Group(4, 64, "sliding"),))}, "full, decode has sliding window 64"),
         ({"layout": msgspec.structs.replace(layout(), form=("page", "bf16", "page", "page"))}, "layer 1"),
     ],
 )
@@ -73,8 +61,9 @@ def test_a_plan_copies_just_those_pages(source: list[int], target: list[int], st
     a, b = layout(), layout(stride=stride)
     memory_a = np.random.default_rng(0).integers(0, 255, 4 * BLOCKS * PAGE, np.uint8)
     memory_b = np.zeros(4 * BLOCKS * stride, np.uint8)
-    pairs = [(1, np.array(source[:n]), np.array(target[:n])), (3, np.array(source[:n]), np.array(target[:n]))]
-    plan = copy_plan(a, b, pairs)
+    prefill, decode = worker(layout=a), worker(layout=b)
+    from_blocks, to_blocks = np.array(source[:n]), np.array(target[:n])
+    plan = Route.of([prefill], 0, decode).plan({1: from_blocks, 3: from_blocks}, {1: to_blocks, 3: to_blocks})
     for src, dst, length in zip(plan.src.tolist(), plan.dst.tolist(), plan.length.tolist(), strict=True):
         memory_b[dst : dst + length] = memory_a[src : src + length]
     expected = np.zeros_like(memory_b)
@@ -83,6 +72,7 @@ def test_a_plan_copies_just_those_pages(source: list[int], target: list[int], st
             at = (layer * BLOCKS + t) * stride
             expected[at : at + PAGE] = memory_a[(layer * BLOCKS + s) * PAGE :][:PAGE]
     assert (memory_b == expected).all()
-    wanted = b.ranges([np.array(target[:n])])
+    wanted = b.ranges([to_blocks])
     assert wanted.cover(plan.dst, plan.length)
     assert wanted.nbytes == 4 * n * PAGE
+    assert b.ranges([to_blocks], {1, 3}).nbytes == plan.nbytes

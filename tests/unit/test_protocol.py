@@ -16,6 +16,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from mooncake_connector.kv_transfer.receive_load import Load
+from mooncake_connector.kv_transfer.send_transfer import SendTransfer
 from mooncake_connector.kv_transfer.session import (
     RECEIVE_TABLE,
     SEND_TABLE,
@@ -31,12 +33,22 @@ from tests.unit.protocol_world import (
     BLOCK,
     DecodeRequest,
     PrefillRequest,
+    Ranks,
     World,
     WriteAfterFree,
     blocks_of,
 )
 
 Index = st.integers(0, 1_000)
+RANKS = [
+    Ranks(),
+    Ranks(prefill=2, decode=1, heads=2),
+    Ranks(prefill=1, decode=2, heads=2),
+    Ranks(prefill=2, decode=2, heads=2),
+    # Held alike by both prefill ranks: each sends one of the two layers, or both to one of two.
+    Ranks(prefill=2, decode=1, heads=1),
+    Ranks(prefill=2, decode=2, heads=1),
+]
 Rare = st.integers(0, 5)
 
 
@@ -48,9 +60,14 @@ class Protocol(RuleBasedStateMachine):
 
     # requests
 
-    @initialize(tokens=st.lists(st.integers(6, 4 * BLOCK + 1), min_size=1, max_size=2), linked=Rare)
-    def begin(self, tokens: list[int], linked: int) -> None:
+    @initialize(
+        ranks=st.sampled_from(RANKS),
+        tokens=st.lists(st.integers(6, 4 * BLOCK + 1), min_size=1, max_size=2),
+        linked=Rare,
+    )
+    def begin(self, ranks: Ranks, tokens: list[int], linked: int) -> None:
         """Most stories begin with two sides that know each other."""
+        self.world = World(ranks)
         for n in tokens:
             self.request(n, 2, True)
         if linked:
@@ -66,10 +83,7 @@ class Protocol(RuleBasedStateMachine):
             if at_once:
                 self.decode_request(-1, 0, 1)
         if lost != 1:
-            world = self.world.prefill
-            r = PrefillRequest(f"p{n}", transfer[0], n, tokens)
-            world.requests[r.id] = r
-            world.end.expect(r.id, r.transfer, n.to_bytes(16, "big"), self.world.now)
+            self.world.prefill.expect(PrefillRequest(f"p{n}", transfer[0], n, tokens))
 
     @precondition(lambda self: self.coming)
     @rule(i=Index, cached=st.integers(0, 3), released=Rare)
@@ -103,7 +117,7 @@ class Protocol(RuleBasedStateMachine):
     def write_layer(self, pump: bool) -> None:
         self.world.prefill.write_layer()
         if pump:
-            self.world.prefill.end.pump(self.world.now)
+            self.world.prefill.pump()
 
     @precondition(lambda self: self.world.prefill.chunk is None and self.running())
     @rule(i=Index)
@@ -235,7 +249,7 @@ class Protocol(RuleBasedStateMachine):
                 if not r.ended and r.computed == r.num_tokens and world.prefill.chunk is None:
                     world.prefill.finish(r, aborted=False)
             for c in list(world.connections.values()):
-                dead_prefill, dead_decode = c.prefill is not world.prefill, c.decode is not world.decode
+                dead_prefill, dead_decode = not c.prefill.alive, not c.decode.alive
                 if not c.prefill_told and (dead_decode or c.hung_up):
                     world.notice(c, by_prefill=True)
                 if not c.decode_told and (dead_prefill or c.prefill_told):
@@ -255,9 +269,9 @@ class Protocol(RuleBasedStateMachine):
             world.pass_time(1.0)
         for r in world.decode.requests.values():
             assert r.reported is not None, f"{r.id} never ended"
-        assert world.decode.end.num_loads == 0
+        assert world.decode.num_loads == 0
         assert not world.prefill.requests, f"held for ever: {list(world.prefill.requests)}"
-        assert world.prefill.end.num_transfers == 0
+        assert world.prefill.num_transfers == 0
 
 
 SETTINGS = settings(
@@ -300,7 +314,7 @@ PLANTED = {
     ),
     "a deadline is forgotten": (
         ReceiveSession,
-        (ReceiveState.WAITING, ReceiveEvent.DEADLINE),
+        (ReceiveState.WAITING, ReceiveEvent.GIVEN_UP),
         (ReceiveState.FENCING, ()),
     ),
 }
@@ -314,3 +328,57 @@ def test_finds_planted_bugs(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "table", {**table, row: wrong})
     with pytest.raises((WriteAfterFree, AssertionError)):
         run_state_machine_as_test(Protocol, settings=settings(SETTINGS, phases=[Phase.generate]))
+
+
+SPLIT = {
+    "a load is over with its first part": (Load, "ended", lambda load: any(p.closed for p in load.parts)),
+    "blocks are freed with the first reservation": (
+        SendTransfer,
+        "freed",
+        lambda transfer: any(share.freed for share in transfer.shares),
+    ),
+    "blocks are freed before all have reserved": (
+        SendTransfer,
+        "freed",
+        lambda transfer: all(share.freed for share in transfer.shares if share.key),
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", SPLIT)
+def test_finds_bugs_of_several_ranks(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name, wrong = SPLIT[bug]
+    monkeypatch.setattr(owner, name, property(wrong))
+    with pytest.raises((WriteAfterFree, AssertionError)):
+        run_state_machine_as_test(Protocol, settings=settings(SETTINGS, phases=[Phase.generate]))
+
+
+@pytest.mark.parametrize("ranks", RANKS, ids=str)
+@pytest.mark.parametrize("late", [False, True])
+def test_without_an_adversary_all_is_loaded(ranks: Ranks, late: bool) -> None:
+    world = World(ranks)
+    for n in (1, 2):
+        tokens = 2 * BLOCK + n
+        prefill = PrefillRequest(f"p{n}", f"t{n}", n, tokens)
+        world.prefill.expect(prefill)
+        blocks = [world.decode.free.pop(0) for _ in range(blocks_of(tokens - 1))]
+        decode = DecodeRequest(f"d{n}", prefill.transfer, n, tokens, 0, blocks)
+        if not late:
+            world.decode.reserve(decode, world.address)
+        world.calm()
+        world.prefill.begin_step(prefill, tokens, 0)
+        while world.prefill.chunk is not None:
+            world.prefill.write_layer()
+            world.prefill.pump()
+        world.prefill.finish(prefill, aborted=False)
+        if late:
+            assert world.prefill.requests, "freed before decode has reserved"
+            world.decode.reserve(decode, world.address)
+        for _ in range(3):
+            world.calm()
+            for write in list(world.flying):
+                world.land(write, 1_000)
+        world.calm()
+        assert decode.reported == "loaded"
+        assert not world.prefill.requests
+    assert world.prefill.num_transfers == world.decode.num_loads == 0

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooncake_connector.kv_transfer.clock import LayerClock
-from mooncake_connector.kv_transfer.layout import Group
-from mooncake_connector.kv_transfer.push import PushProgress, Want, Write
+from mooncake_connector.kv_transfer.push import Want, Write
+from tests.unit.pushes import Push
 
 BLOCK = 4
 
@@ -27,7 +27,7 @@ def pushed_blocks(write: Write | None) -> dict[int, list[tuple[int, int]]]:
 
 
 def test_layers_go_as_they_are_written_and_blocks_when_they_are_full() -> None:
-    clock, progress = LayerClock(2), PushProgress([Group(BLOCK, 0, "full")], [0, 0], [8, 8])
+    clock, progress = LayerClock(2), Push(2)
     progress.reserve(10, [want(0, 3)])
     progress.chunk(1, 0, 6, ([7, 8],), replace=True, hits_ready=True)
     assert progress.next(clock) is None
@@ -46,7 +46,7 @@ def test_layers_go_as_they_are_written_and_blocks_when_they_are_full() -> None:
 
 
 def test_prefix_hits_wait_for_the_step_that_may_be_computing_them() -> None:
-    clock, progress = LayerClock(1), PushProgress([Group(BLOCK, 0, "full")], [0], [8])
+    clock, progress = LayerClock(1), Push(1)
     progress.reserve(9, [want(0, 3)])
     progress.chunk(1, 8, 10, ([1, 2, 3],), replace=True, hits_ready=False)
     assert progress.next(clock) is None
@@ -55,7 +55,7 @@ def test_prefix_hits_wait_for_the_step_that_may_be_computing_them() -> None:
 
 
 def test_prefix_hits_go_at_once_when_they_are_ready() -> None:
-    clock, progress = LayerClock(1), PushProgress([Group(BLOCK, 0, "full")], [0], [8])
+    clock, progress = LayerClock(1), Push(1)
     progress.chunk(1, 8, 10, ([1, 2, 3],), replace=True, hits_ready=True)
     progress.reserve(9, [want(1, 3)])  # decode has block 0 itself
     assert pushed_blocks(progress.next(clock)) == {0: [(2, 101)]}
@@ -63,7 +63,7 @@ def test_prefix_hits_go_at_once_when_they_are_ready() -> None:
 
 def test_small_pieces_wait_for_the_last_layer_of_their_step() -> None:
     clock = LayerClock(3)
-    progress = PushProgress([Group(BLOCK, 0, "full")], [0, 0, 0], [8, 8, 8], least=16)
+    progress = Push(3, least=16)
     progress.reserve(4, [want(0, 1)])
     progress.chunk(1, 0, 5, ([7, 8],), replace=True, hits_ready=True)
     clock.layer_written(0, 1)
@@ -76,13 +76,13 @@ def test_small_pieces_wait_for_the_last_layer_of_their_step() -> None:
 
 def test_a_preempted_requests_writes_are_void() -> None:
     """They may have carried another request's bytes: the blocks go again, from where they are recomputed."""
-    clock, progress = LayerClock(1), PushProgress([Group(BLOCK, 0, "full")], [0], [8])
+    clock, progress = LayerClock(1), Push(1)
     progress.reserve(8, [want(0, 2)])
     progress.chunk(1, 0, 4, ([1],), replace=True, hits_ready=True)
     clock.step_ended(1)
     first = progress.next(clock)
     assert pushed_blocks(first) == {0: [(1, 100)]}
-    progress.preempted()
+    progress.computed.preempted()
     progress.chunk(2, 0, 9, ([5, 6, 7],), replace=True, hits_ready=True)
     clock.step_ended(2)
     # Two writes to one block must not be under way at once: the second could land first.
@@ -95,13 +95,13 @@ def test_a_preempted_requests_writes_are_void() -> None:
 
 
 def test_what_landed_before_a_preemption_stays_landed() -> None:
-    clock, progress = LayerClock(1), PushProgress([Group(BLOCK, 0, "full")], [0], [8])
+    clock, progress = LayerClock(1), Push(1)
     progress.reserve(8, [want(0, 2)])
     progress.chunk(1, 0, 4, ([1],), replace=True, hits_ready=True)
     clock.step_ended(1)
     assert progress.next(clock) is not None
     progress.ended(0)
-    progress.preempted()
+    progress.computed.preempted()
     progress.chunk(2, 0, 9, ([5, 6, 7],), replace=True, hits_ready=True)
     clock.step_ended(2)
     assert pushed_blocks(progress.next(clock)) == {0: [(6, 101)]}
@@ -119,12 +119,7 @@ def test_every_wanted_block_is_pushed_once(
 ) -> None:
     total = -(-tokens // BLOCK)
     first = min(cached, total)
-    clock, progress = (
-        LayerClock(layers),
-        PushProgress(
-            [Group(BLOCK, 0, "full")], [0] * layers, [8] * layers, data.draw(st.sampled_from([0, 40]))
-        ),
-    )
+    clock, progress = LayerClock(layers), Push(layers, least=data.draw(st.sampled_from([0, 40])))
     seen: dict[int, list[int]] = {layer: [] for layer in range(layers)}
     reserved = False
 
@@ -158,3 +153,27 @@ def test_every_wanted_block_is_pushed_once(
     push()
     assert progress.complete
     assert all(blocks_seen == list(range(first, total)) for blocks_seen in seen.values())
+
+
+def test_blocks_that_differ_go_in_units() -> None:
+    """Large blocks of decode in the pieces that prefill has; small ones as soon as they are complete."""
+    clock, progress = LayerClock(1), Push(1, block=(4, 8))
+    progress.reserve(13, [Want(np.array([0, 1]), np.array([50, 60]))])
+    progress.chunk(1, 0, 6, ([7, 9],), replace=True, hits_ready=True)
+    clock.step_ended(1)
+    assert pushed_blocks(progress.next(clock)) == {0: [(7, 100)]}
+    progress.chunk(2, 6, 14, ([5, 8],), replace=False, hits_ready=True)
+    clock.step_ended(2)
+    assert pushed_blocks(progress.next(clock)) == {0: [(9, 101), (5, 120), (8, 121)]}
+
+    clock, progress = LayerClock(1), Push(1, block=(8, 4))
+    progress.reserve(9, [Want(np.array([1, 2]), np.array([50, 60]))])  # decode has block 0
+    progress.chunk(1, 0, 7, ([7],), replace=True, hits_ready=True)
+    clock.step_ended(1)
+    assert progress.next(clock) is None
+    progress.chunk(2, 7, 10, ([9],), replace=False, hits_ready=True)
+    clock.step_ended(2)
+    # Of the last block only what holds wanted tokens.
+    assert pushed_blocks(progress.next(clock)) == {0: [(15, 50), (18, 60)]}
+    progress.ended(0)
+    assert progress.complete

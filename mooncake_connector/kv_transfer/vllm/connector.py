@@ -103,12 +103,12 @@ class MooncakePushConnector(KVConnectorBase_V1, SupportsHMA):
     # ------------------------------------------------------------------ scheduler
 
     def set_xfer_handshake_metadata(self, metadata: Mapping[int, WorkerHandshake]) -> None:
-        self._s.connect_workers(metadata)
+        self._s.connect_workers({(0, tp): handshake for tp, handshake in metadata.items()})
 
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: Mapping[tuple[int, int], WorkerHandshake]
     ) -> None:
-        self._s.connect_workers({tp: handshake for (_, tp), handshake in metadata.items()})
+        self._s.connect_workers(metadata)
 
     def on_new_request(self, request: Any) -> None:
         self._s.on_new_request(request)
@@ -142,7 +142,6 @@ class MooncakePushConnector(KVConnectorBase_V1, SupportsHMA):
 
 def _check_parallelism(parallel: Any) -> None:
     for flag, size in (
-        ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
         ("--data-parallel-size", parallel.data_parallel_size),
         ("--decode-context-parallel-size", getattr(parallel, "decode_context_parallel_size", 1)),
         ("--prefill-context-parallel-size", getattr(parallel, "prefill_context_parallel_size", 1)),

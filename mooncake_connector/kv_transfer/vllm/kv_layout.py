@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mooncake_connector.errors import ConfigError
-from mooncake_connector.kv_transfer.layout import Group, KVLayout, Plane
+from mooncake_connector.kv_transfer.layout import Field, Group, KVLayout, Plane
 from mooncake_connector.kv_transfer.vllm.compat import transfer_group_ids
 
 _KINDS = {"FullAttentionSpec": "full", "MLAAttentionSpec": "mla", "SlidingWindowSpec": "sliding"}
@@ -42,83 +42,148 @@ def groups_of(kv_cache_config: Any) -> tuple[Group, ...]:
 
 
 def layout_of(
-    kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any, backends: Mapping[str, str]
+    kv_caches: Mapping[str, torch.Tensor],
+    kv_cache_config: Any,
+    backends: Mapping[str, str],
+    *,
+    kv_heads: int = 0,
+    tp_size: int = 1,
+    cache_dtype: str = "auto",
 ) -> tuple[KVLayout, dict[str, int]]:
     """The layout of one worker's KV caches, and the index of each layer.
 
     Args:
         kv_caches: layer name -> tensor, as vLLM registers them.
         backends: layer name -> attention backend.
+        kv_heads: of the model, on all ranks together; 0 if unknown.
+        tp_size: tensor-parallel ranks.
+        cache_dtype: vLLM's ``--kv-cache-dtype``.
 
     Raises:
-        ConfigError: KV on a device or in an order that no transport here can reach.
+        ConfigError: KV in a shape that is not known, or not all on one device.
     """
     num_blocks = int(kv_cache_config.num_blocks)
-    group_of_layer = {
-        name: position
-        for position, index in enumerate(transfer_group_ids(kv_cache_config))
-        for name in kv_cache_config.kv_cache_groups[index].layer_names
-    }
+    groups = groups_of(kv_cache_config)
+    group_of_layer, specs = {}, {}
+    for position, index in enumerate(transfer_group_ids(kv_cache_config)):
+        group = kv_cache_config.kv_cache_groups[index]
+        for name in group.layer_names:
+            group_of_layer[name] = position
+            specs[name] = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(name, group.kv_cache_spec)
     planes: list[Plane] = []
     forms: list[str] = []
-    layers: dict[str, int] = {}
+    names: list[str] = []
+    heads: list[int] = []
+    locations: set[str] = set()
     for name, tensor in kv_caches.items():
         if name not in group_of_layer:
             continue
-        if tensor.device.type != "cpu":
-            raise ConfigError(
-                f"the KV of {name} is on {tensor.device}: this version moves host memory only; "
-                "serve with a CPU build of vLLM"
-            )
-        layer = layers[name] = len(layers)
-        group = group_of_layer[name]
-        for plane in _planes(name, tensor, num_blocks):
-            base, stride, nbytes = plane
-            planes.append(Plane(layer, group, base, stride, nbytes))
-        forms.append(_form(tensor, backends.get(name, "unknown")))
-    return KVLayout(num_blocks, groups_of(kv_cache_config), tuple(planes), tuple(forms)), layers
+        layer, group_index = len(names), group_of_layer[name]
+        spec, backend = specs[name], backends.get(name, "unknown")
+        parts, known = _pages(name, tensor, num_blocks, spec, groups[group_index])
+        if known:
+            packing = _packing(parts[0], backend, cache_dtype)
+        else:
+            packing = f"{tuple(tensor.shape[1:])} strides {tuple(tensor.stride()[1:])} {backend}"
+        for part in parts:
+            planes.append(_plane(name, part, layer, group_index, packing, known))
+        names.append(name)
+        heads.append(_total_heads(spec, kv_heads, tp_size) if known else 0)
+        forms.append(" ".join(filter(None, (str(tensor.dtype), cache_dtype, packing))))
+        device = tensor.device
+        if device.type not in ("cpu", "cuda"):
+            raise ConfigError(f"the KV of {name} is on {device}: only host and NVIDIA memory can be moved")
+        locations.add("cpu:0" if device.type == "cpu" else f"{device.type}:{device.index or 0}")
+    if len(locations) > 1:
+        raise ConfigError(f"KV lies on several devices ({', '.join(sorted(locations))}): give one per worker")
+    layout = KVLayout(
+        num_blocks,
+        groups,
+        tuple(planes),
+        tuple(forms),
+        tuple(names),
+        tuple(heads),
+        locations.pop() if locations else "cpu:0",
+    )
+    return layout, layout.layers
 
 
-def _planes(name: str, tensor: torch.Tensor, num_blocks: int) -> Sequence[tuple[int, int, int]]:
-    """(base, stride, bytes) of each page array in one layer's tensor."""
-    if tensor.shape[0] == 2 and tensor.dim() > 1 and tensor.shape[1] % num_blocks == 0 and num_blocks > 2:
-        return [p for half in tensor for p in _planes(name, half, num_blocks)]
-    if tensor.shape[0] % num_blocks:
+def _pages(
+    name: str, tensor: torch.Tensor, num_blocks: int, spec: Any, group: Group
+) -> tuple[Sequence[torch.Tensor], bool]:
+    """Each page array in one layer's tensor, as [pages, heads, tokens, content] and True.
+
+    Of a shape that is unknown, as [blocks, ...] and False: blocks as a whole can be moved still.
+    """
+    shape = tuple(tensor.shape)
+    kv_heads = int(getattr(spec, "num_heads", spec.num_kv_heads))
+    parts: Sequence[torch.Tensor] = [tensor]
+    if len(shape) > 3 and shape[0] == 2 and shape[1] % num_blocks == 0 and num_blocks > 2:
+        # K and V apart, [2, pages, tokens, heads, head size], as some backends keep them.
+        parts = [half.transpose(1, 2) if half.dim() == 4 else half for half in tensor]
+    elif len(shape) == 3 and kv_heads == 1:
+        parts = [tensor.unsqueeze(1)]
+    pages, rest = divmod(parts[0].shape[0], num_blocks)
+    if rest:
+        raise ConfigError(f"the KV of {name} has shape {shape}: no dimension counts {num_blocks} blocks")
+    if parts[0].dim() == 4 and (parts[0].shape[1], parts[0].shape[2] * pages) == (kv_heads, group.block_size):
+        return parts, True
+    return [part.unflatten(0, (num_blocks, pages)) for part in parts], False
+
+
+def _plane(name: str, page: torch.Tensor, layer: int, group: int, packing: str, known: bool) -> Plane:
+    """The plane of pages [pages, heads, tokens, content] (if that is `known`), by their strides."""
+    size = page.element_size()
+    stride = page.stride(0) * size
+    nbytes = (sum((n - 1) * s for n, s in zip(page.shape[1:], page.stride()[1:], strict=True)) + 1) * size
+    if nbytes > stride or page.stride(-1) != 1:
         raise ConfigError(
-            f"the KV of {name} has shape {tuple(tensor.shape)}: no dimension counts {num_blocks} blocks"
-        )
-    size = tensor.element_size()
-    inner = tensor[0].numel() * size
-    if not _dense(tensor[0]):
-        raise ConfigError(
-            f"the KV of {name} has strides {tensor.stride()}: a block of one layer is not in one piece; "
+            f"the KV of {name} has strides {page.stride()}: a block of one layer is not in one place; "
             "set VLLM_KV_CACHE_LAYOUT to LBHNC or LBNHC"
         )
-    ratio = tensor.shape[0] // num_blocks
-    stride = tensor.stride(0) * size
-    if ratio > 1 and stride != inner:
-        raise ConfigError(
-            f"the KV of {name} splits blocks into {ratio} pieces that are apart; give a smaller --block-size"
+    if not known:
+        return Plane(layer, group, page.data_ptr(), stride, nbytes)
+    _, heads, tokens, content = page.shape
+    _, head_stride, token_stride, _ = (s * size for s in page.stride())
+    width = content * size
+    fields: tuple[Field, ...]
+    if packing in _CPU_COLUMNS:
+        # All of a head's K, a row of tokens per number, before all of its V, a row of numbers per token.
+        half = tokens * width // 2
+        fields = (
+            Field(0, size, size, rows=content // 2, row_stride=tokens * size),
+            Field(half, width // 2, width // 2),
         )
-    return [(tensor.data_ptr(), stride * ratio, inner * ratio)]
+    elif packing:
+        fields = (Field(0, tokens * width, 0),)
+    else:
+        fields = (Field(0, width, token_stride),)
+    return Plane(layer, group, page.data_ptr(), stride, nbytes, tokens, heads, head_stride, fields)
 
 
-def _dense(block: torch.Tensor) -> bool:
-    """Whether a tensor's elements fill one piece of memory, in whatever order."""
-    expected = 1
-    for stride, size in sorted(zip(block.stride(), block.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+def _packing(page: torch.Tensor, backend: str, cache_dtype: str) -> str:
+    """How an attention backend orders the numbers in a head's page; empty: token by token."""
+    if page.device.type != "cpu" or backend == "CPU_MLA":
+        return ""
+    if backend != "CPU_ATTN":
+        return f"{backend} on {torch.backends.cpu.get_cpu_capability()}"
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    _, _, tokens, content = page.shape
+    isa = _get_attn_isa(page.dtype, tokens, content // 2, cache_dtype)
+    return f"CPU_ATTN {isa}" + (f" {cache_dtype}" if page.element_size() == 1 else "")
 
 
-def _form(tensor: torch.Tensor, backend: str) -> str:
-    cpu = ""
-    if tensor.device.type == "cpu":
-        # CPU kernels may pack K by what the processor offers (AMX, AVX-512).
-        cpu = f" on {torch.backends.cpu.get_cpu_capability()}"
-    return f"{tuple(tensor.shape[1:])} strides {tuple(tensor.stride()[1:])} {tensor.dtype} {backend}{cpu}"
+_CPU_COLUMNS = ("CPU_ATTN vec", "CPU_ATTN vec16")
+"""Kernels known to keep K in columns. Others pack blocks as their processor likes: these can't be cut."""
+
+
+def _total_heads(spec: Any, kv_heads: int, tp_size: int) -> int:
+    """KV heads of a layer on all ranks together; vLLM gives a rank one of them at least."""
+    own = int(spec.num_kv_heads)
+    if type(spec).__name__ == "MLAAttentionSpec":
+        return 1
+    return kv_heads if kv_heads and max(1, kv_heads // tp_size) == own else own * tp_size
 
 
 def model_hash(model_config: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import zmq
 
 from mooncake_connector import __version__
-from mooncake_connector.kv_transfer.layout import Group
+from mooncake_connector.kv_transfer.layout import Group, fingerprint
 from mooncake_connector.kv_transfer.messages import (
     PROTOCOL,
     LoadOver,
@@ -22,6 +22,7 @@ from mooncake_connector.kv_transfer.messages import (
     WantBlocks,
 )
 from mooncake_connector.kv_transfer.push import Chunk
+from mooncake_connector.kv_transfer.routes import WorkerAt
 from mooncake_connector.kv_transfer.session import Outcome
 from mooncake_connector.kv_transfer.side_channel import Client, address_of, split_address
 from mooncake_connector.kv_transfer.vllm.compat import preempted_ids, transfer_group_ids
@@ -79,16 +80,16 @@ class SchedulerSide:
         self._unanswered: dict[str, Receive] = {}
         self._timelines = Timelines()
 
-    def connect_workers(self, handshakes: Mapping[int, WorkerHandshake]) -> None:
-        """Learn where this engine's workers listen, in rank order."""
+    def connect_workers(self, handshakes: Mapping[tuple[int, int], WorkerHandshake]) -> None:
+        """Learn where this engine's workers listen, by (pipeline stage, tensor-parallel rank)."""
         self._handshakes = [handshakes[rank] for rank in sorted(handshakes)]
-        addresses = tuple(h.address for h in self._handshakes)
+        workers = tuple(WorkerAt(h.address, h.info) for h in self._handshakes)
         for h in self._handshakes:
             client = Client(self._context, h.address, monitor=False)
             self._workers.append((client, h.token))
             self._poller.register(client.socket, zmq.POLLIN)
-            client.send(LocalDirectory(h.token, addresses))
-        logger.info("KV side channel at %s", ", ".join(addresses))
+            client.send(LocalDirectory(h.token, workers))
+        logger.info("KV side channel at %s", ", ".join(h.address for h in self._handshakes))
 
     # ------------------------------------------------------------------ requests come
 
@@ -375,7 +376,7 @@ class SchedulerSide:
             "pp_size": first.pp_size,
             "block_size": first.layout.groups[0].block_size,
             "max_model_len": self._max_model_len,
-            "layout": first.layout.fingerprint(),
+            "layout": fingerprint([h.info for h in self._handshakes]),
             "model": first.model,
             "model_hash": first.model_hash,
             "dtype": first.dtype,

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import torch
 import vllm
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
 from mooncake_connector import __version__
 from mooncake_connector.config import ConnectorConfig
@@ -55,7 +55,14 @@ class WorkerSide:
         model, parallel = config.model_config, config.parallel_config
         context = config.compilation_config.static_forward_context
         backends = {name: _backend(context.get(name)) for name in kv_caches}
-        layout, self._layers = layout_of(kv_caches, self._kv_cache_config, backends)
+        layout, self._layers = layout_of(
+            kv_caches,
+            self._kv_cache_config,
+            backends,
+            kv_heads=int(model.get_total_num_kv_heads()),
+            tp_size=parallel.tensor_parallel_size,
+            cache_dtype=str(config.cache_config.cache_dtype),
+        )
         info = WorkerInfo(
             protocol=PROTOCOL,
             plugin=__version__,
@@ -69,9 +76,10 @@ class WorkerSide:
             pp_size=parallel.pipeline_parallel_size,
             rank=get_tensor_model_parallel_rank(),
             layout=layout,
+            pp_rank=get_pp_group().rank_in_group,
         )
-        blocks = sum(plane.nbytes for plane in layout.planes)
-        self._token_bytes = blocks / layout.groups[0].block_size / len(self._layers)
+        tokens = sum(plane.nbytes / layout.page_tokens(plane) for plane in layout.planes)
+        self._token_bytes = tokens / len(self._layers)
         # The I/O thread's hand-overs are short and urgent; by default it may wait 5 ms for the interpreter.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         kv = next(iter(kv_caches.values()))

@@ -10,7 +10,7 @@ from mooncake_connector.errors import MooncakeError
 from mooncake_connector.scheduler.openai import ClientRequest
 
 # What the connector's own handshake compares: a pair that it would refuse is never tried.
-MATCHING = ("protocol", "model_hash", "dtype", "tp_size", "pp_size", "block_size", "layout")
+MATCHING = ("protocol", "model_hash", "dtype", "layout")
 
 
 class EngineUnready(MooncakeError):
@@ -35,7 +35,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
         tp_size, pp_size: ranks.
         block_size: tokens per KV block.
         max_model_len: tokens, prompt and answer together.
-        layout: geometry of its KV, opaque here.
+        layout: what its KV holds, opaque here.
         model, dtype: what it serves; `model_hash` decides, the name is for people.
         role: ``kv_producer``, ``kv_consumer`` or ``kv_both``.
         version: of mooncake_connector there.
