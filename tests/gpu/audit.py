@@ -71,7 +71,7 @@ def jobs(rng: random.Random, first: int, count: int, most: int) -> list[Job]:
                 rng.randint(1, 4),
                 None if fate > 0.96 else 0.03 * rng.random(),
                 0.03 * rng.random(),
-                0.06 * rng.random() if 0.5 < fate < 0.8 else None,
+                0.03 * rng.random() if 0.5 < fate < 0.8 else None,
                 rng.randint(0, 2) if 0.8 < fate < 0.9 else None,
             )
         )
@@ -83,7 +83,6 @@ def _clock(device: str) -> LayerClock | None:
         return None
     from mooncake_connector.kv_transfer.transport.cuda.driver import Context, Event
 
-    torch.zeros(1, device=device)  # makes the context current in this thread
     context = Context.of(torch.device(device).index)
     events = [Event(context) for _ in range(NUM_EVENTS)]
     return GpuClock(LAYERS, events, lambda: torch.cuda.current_stream(device).cuda_stream)
@@ -94,6 +93,8 @@ class _Side:
 
     def __init__(self, engine_id: str, device: str, path: str, blocks: int, heads: int, seed: int) -> None:
         self.device = device
+        if device != "cpu":
+            torch.cuda.set_device(device)
         config = ConnectorConfig(path=path, **CONFIG)
         self.worker = Worker(engine_id, config, LAYERS, blocks, heads, device, _clock(device))
         self.words = self.worker.kv.view(torch.int64).flatten(2)  # [layer, block, word]
@@ -145,6 +146,8 @@ class _Side:
 
     def _guarded(self, todo: list[Job], **settings: Any) -> None:
         try:
+            if self.device != "cpu":
+                torch.cuda.set_device(self.device)  # of this thread
             self.run(todo, **settings)
         except Exception as error:
             self.trouble.append(f"{type(error).__name__}: {error}")

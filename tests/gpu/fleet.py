@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mooncake_connector.errors import EngineStartError
 from mooncake_connector.scheduler.actuator.base import Role
-from mooncake_connector.scheduler.actuator.local import LocalEngine, LocalProxy, stop_all
+from mooncake_connector.scheduler.actuator.local import LocalEngine, LocalProxy
 from tests.gpu.models import MAX_TOKENS, deepseek, llama
 
 START_S = 300.0
@@ -172,4 +172,5 @@ class Fleet:
     def close(self) -> None:
         if self._starter.ident is not None:
             self._starter.join(120)
-        stop_all([*self._proxies.values(), *self._engines.values()], grace=5.0)
+        for process in [*self._proxies.values(), *self._engines.values()]:
+            process.kill()  # nothing of theirs is worth the seconds of a GPU that a goodbye takes

@@ -83,6 +83,8 @@ class Half:
     def __init__(self, device: str, path: str, nbytes: int, *, vmm: bool = False) -> None:
         self.device = device
         self.ordinal = int(device.partition(":")[2] or 0)
+        if device != "cpu":
+            torch.cuda.set_device(self.ordinal)
         self._vmm = Vmm(nbytes, self.ordinal) if vmm else None
         if self._vmm is not None:
             self.memory = torch.as_tensor(self._vmm, device=device)
