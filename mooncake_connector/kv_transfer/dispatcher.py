@@ -231,7 +231,7 @@ class Dispatcher:
         actions: list[Action] = []
         t, rail = s.transfer, s.rail
         broken = failure.reason if failure is not None and failure.retry else None
-        self.rails.ended(rail, s.nbytes, t.priority > 0, broken, now)
+        self.rails.ended(rail, s.nbytes, t.priority > 0, broken, now, bool(s.plan.after))
         t.flying -= 1
         if failure is None:
             t.done += s.nbytes
@@ -324,7 +324,7 @@ class Dispatcher:
         if t.pieces:
             waiting.append(t)
         self._backlog[t.priority] -= nbytes
-        rail.posted(nbytes, t.priority > 0, now)
+        rail.posted(nbytes, t.priority > 0, now, bool(plan.after))
         t.flying += 1
         number = next(self._numbers)
         self._flying[number] = _Slice(t, rail, plan, nbytes, piece.tried)

@@ -86,6 +86,8 @@ class RailState:
         bandwidth: bytes/s, learned; before that what the hardware claims.
         in_flight: bytes posted and not ended; `slices` and `background` count slices, the latter those of
             the lower priorities.
+        late: slices in flight that may be waiting for their source (`CopyPlan.after`). While there are any,
+            times say nothing about the rail.
         weight: its penalty relative to the best rail that can be chosen instead.
         slice_bytes: the right size of a slice here.
         max_ranges: of one slice.
@@ -94,7 +96,7 @@ class RailState:
     __slots__ = (
         "_abandoned", "_busy_until", "_count", "_landed", "_measured", "_policy", "_progress", "_since",
         "_slicing", "_up_since", "_wake", "background", "bandwidth", "failures", "health", "in_flight",
-        "max_ranges", "reason", "slice_bytes", "slices", "spec", "weight",
+        "late", "max_ranges", "reason", "slice_bytes", "slices", "spec", "weight",
     )  # fmt: skip
 
     def __init__(self, spec: RailSpec, policy: RailPolicy, slicing: SlicePolicy) -> None:
@@ -103,7 +105,7 @@ class RailState:
         self.reason = ""
         self.failures = 0
         self.bandwidth = _claimed(spec)
-        self.in_flight = self.slices = self.background = 0
+        self.in_flight = self.slices = self.background = self.late = 0
         self.weight = 1.0
         self._policy = policy
         self._slicing = slicing
@@ -115,23 +117,30 @@ class RailState:
 
     # load and speed
 
-    def posted(self, nbytes: int, background: bool, now: float) -> None:
+    def posted(self, nbytes: int, background: bool, now: float, late: bool = False) -> None:
         if not self.slices:
             self._since = self._progress = now
             self._landed = self._count = 0
         self.in_flight += nbytes
         self.slices += 1
         self.background += background
+        self.late += late
         if self.weight > 1:
             self._busy_until = max(self._busy_until, now) + nbytes * self.weight / self.bandwidth
 
-    def ended(self, nbytes: int, background: bool, landed: bool, now: float) -> None:
+    def ended(self, nbytes: int, background: bool, landed: bool, now: float, late: bool = False) -> None:
+        doubtful = self.late > 0
         self.in_flight -= nbytes
         self.slices -= 1
         self.background -= background
+        self.late -= late
         if not landed or self.spec.steady:
             return
         self._progress = now
+        if doubtful:
+            self._since = now
+            self._landed = self._count = 0
+            return
         self._landed += nbytes
         self._count += 1
         busy = now - self._since
@@ -202,7 +211,7 @@ class RailState:
         # One that could not be restored was fenced before the attempt.
         self.health = Health.COOLING if restoring else Health.DOWN
         self.reason = reason
-        self.in_flight = self.slices = self.background = 0
+        self.in_flight = self.slices = self.background = self.late = 0
 
     def fenced(self) -> bool:
         """Nothing that was lost can land any more. False, of no effect, if that was not awaited."""
@@ -236,7 +245,7 @@ class RailState:
         """When this rail has to be looked at if nothing happens to it before; `inf` for never."""
         if self.health is Health.COOLING or (self.health is Health.SUSPECT and not self._abandoned):
             return self._wake
-        if self.usable and self.slices and not self.spec.steady:
+        if self.usable and self.slices and not (self.spec.steady or self.late):
             predicted = self._policy.stall_factor * self.in_flight / self.bandwidth
             return self._progress + max(self._policy.stall_s, predicted)
         return inf
@@ -291,9 +300,17 @@ class Rails:
         rail.down(reason, now)
         self._refresh(now)
 
-    def ended(self, rail: RailState, nbytes: int, background: bool, failed: str | None, now: float) -> None:
+    def ended(
+        self,
+        rail: RailState,
+        nbytes: int,
+        background: bool,
+        failed: str | None,
+        now: float,
+        late: bool = False,
+    ) -> None:
         """A slice landed, or failed because the rail broke."""
-        rail.ended(nbytes, background, failed is None, now)
+        rail.ended(nbytes, background, failed is None, now, late)
         if failed is not None:
             rail.suspect(failed, now)
             self._refresh(now)

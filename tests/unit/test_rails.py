@@ -1,7 +1,13 @@
 """What a rail learns, and which rail is chosen."""
 
+from math import inf
+from typing import Any
+
+import numpy as np
 import pytest
 
+from mooncake_connector.kv_transfer.dispatcher import Dispatcher, Post, Priority
+from mooncake_connector.kv_transfer.plan import CopyPlan
 from mooncake_connector.kv_transfer.rails import Health, RailPolicy, Rails, RailSpec, RailState
 from mooncake_connector.kv_transfer.slicing import SlicePolicy
 
@@ -55,6 +61,37 @@ def test_idle_time_does_not_count() -> None:
         rail.posted(MIB, False, start)
         rail.ended(MIB, False, True, start + 1e-3)
     assert rail.bandwidth == pytest.approx(MIB / 1e-3)
+
+
+def test_a_slice_that_waits_for_its_source_makes_no_rail_slow_or_stalled() -> None:
+    rail = state(speed=100 * GB)
+    rail.posted(MIB, False, 1.0, late=True)
+    rail.posted(MIB, False, 1.0)  # behind it
+    assert rail.due() == inf
+    rail.ended(MIB, False, True, 9.0, late=True)
+    assert rail.bandwidth == 100 * GB
+    assert rail.due() == pytest.approx(12.0)
+    rail.ended(MIB, False, True, 9.001)
+    assert rail.bandwidth == pytest.approx(MIB / 1e-3)
+    rail.posted(MIB, False, 20.0, late=True)
+    rail.down("broken", 21.0)
+    assert not rail.late
+
+
+def test_slices_of_a_plan_that_waits_for_a_gpu_are_late() -> None:
+    dispatcher = Dispatcher()
+    dispatcher.rail_up(RailSpec("a", "tcp", 0), 0.0)
+    rail = dispatcher.rails.get("a")
+    assert rail is not None
+    one = np.array([4 * MIB], np.uint64)
+    event: Any = object()
+    posted = dispatcher.submit(1, 9, CopyPlan(one, one, one, after=(event,)), Priority.FOREGROUND, None, 0.0)
+    slices = [action.slice for action in posted if isinstance(action, Post)]
+    assert rail.late == len(slices) == 2
+    dispatcher.slice_ended(slices[0], None, 5.0)
+    assert rail.late == 2  # the next one is on its way
+    dispatcher.rail_down("a", "broken", 6.0)
+    assert rail.late == 0
 
 
 def test_acknowledgements_that_come_together_do_not_look_fast() -> None:
