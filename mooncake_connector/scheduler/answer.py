@@ -103,6 +103,7 @@ class Answer:
             if splice.begun or self.again is None:
                 raise StreamBroken(str(error)) from None
             failure = error
+        self._reply.close()  # whatever it goes on with, nobody wants it
         try:
             self._second = await self.again(str(failure))
             async for chunk in _spliced(self._second.chunks(), Splice(self.early)):
