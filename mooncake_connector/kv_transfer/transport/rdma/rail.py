@@ -23,6 +23,7 @@ from mooncake_connector.kv_transfer.transport.rdma.wr import (
     WorkRequests,
     work_requests,
 )
+from mooncake_connector.kv_transfer.transport.waiter import Waiter, happened
 
 DEPTH = 1024
 """Requests in a send queue; what does not fit waits."""
@@ -31,6 +32,8 @@ CHAIN = 256
 """Requests posted in one go: posting holds the GIL."""
 
 _STATUS = {v: k for k, v in vars(verbs.e).items() if k.startswith("IBV_WC_") and k.endswith("_ERR")}
+
+_WAITER = Waiter()
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +117,24 @@ class RdmaRail:
         self._pair.connect(there)
 
     def write(self, key: int, plan: CopyPlan, on_done: OnDone) -> None:
-        """Enqueue; see `Rail.write`. The key is the streams' affair: here the registrations decide."""
+        """Enqueue; see `Rail.write`. The key is the streams' affair: here the registrations decide.
+
+        A plan whose source the GPU has yet to write is enqueued when that has happened.
+        """
+        plan = plan.flat()
+        if happened(plan.after):
+            self._write(plan, on_done)
+            return
+
+        def there(failed: str | None) -> None:
+            if failed is None:
+                self._write(plan, on_done)
+            else:
+                on_done(Failure(f"rdma: the source will not be written: {failed}", retry=True))
+
+        _WAITER.call(plan.after, there)
+
+    def _write(self, plan: CopyPlan, on_done: OnDone) -> None:
         try:
             self._enqueue(plan, on_done)
         except OutsideError as outside:
