@@ -41,7 +41,7 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     rdma_devices: str = ""
     rdma_gid_index: int = -1
     rdma_qps: int = 2
-    cuda_sms: int = 16
+    cuda_sms: int = 12
     cuda_copy: str = "auto"
     topology: str = ""
 

@@ -55,7 +55,7 @@ class CopyPolicy(msgspec.Struct, frozen=True):
     """
 
     copy: str = "auto"
-    blocks: int = 16
+    blocks: int = 12
 
     def takes_kernel(self, plan: CopyPlan, nbytes: int) -> bool:
         if plan.tile is not None:

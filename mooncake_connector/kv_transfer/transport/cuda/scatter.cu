@@ -7,7 +7,7 @@
 typedef unsigned long long u64;
 typedef unsigned int u32;
 
-constexpr u32 UNROLL = 8;
+constexpr u32 UNROLL = 4;
 struct Gate {        // in memory of the target's process, which may close it at any time
     u64 closed;      // addresses; 0: there is no gate
     u64 grant;       // of the word that holds `key` while the grant lives
@@ -85,12 +85,12 @@ __device__ void copy_range(char* dst, const char* src, u64 nbytes, u32 lane) {
 // Bytes [from, from + nbytes) of one tile's payload.
 template <typename V>
 __device__ void copy_tile(char* dst, const char* src, const Tiles& t, u32 from, u32 nbytes, u32 lane) {
-    constexpr u32 STEP = 32 * sizeof(V), AT_ONCE = UNROLL / 2;  // more would not fit the registers
-    for (u32 at = lane * sizeof(V); at < nbytes; at += AT_ONCE * STEP) {
-        V held[AT_ONCE];
-        char* to[AT_ONCE];
+    constexpr u32 STEP = 32 * sizeof(V);
+    for (u32 at = lane * sizeof(V); at < nbytes; at += UNROLL * STEP) {
+        V held[UNROLL];
+        char* to[UNROLL];
 #pragma unroll
-        for (u32 i = 0; i < AT_ONCE; ++i) {
+        for (u32 i = 0; i < UNROLL; ++i) {
             if (at + i * STEP >= nbytes) break;
             const u32 byte = from + at + i * STEP, row = byte / t.run, column = byte - row * t.run;
             const u32 i1 = row / t.n2, i2 = row - i1 * t.n2;
@@ -98,7 +98,7 @@ __device__ void copy_tile(char* dst, const char* src, const Tiles& t, u32 from, 
             held[i] = __ldcs(reinterpret_cast<const V*>(src + i1 * t.src1 + i2 * t.src2 + column));
         }
 #pragma unroll
-        for (u32 i = 0; i < AT_ONCE; ++i) {
+        for (u32 i = 0; i < UNROLL; ++i) {
             if (at + i * STEP >= nbytes) break;
             *reinterpret_cast<V*>(to[i]) = held[i];
         }

@@ -71,7 +71,7 @@ class Exports:
             with context:
                 while at < end:
                     if (known := self._at(at)) is None:
-                        for made in _export(at):
+                        for made in _export(at, end):
                             self._allocations.setdefault(made.base, made)
                         known = self._at(at)
                     if known is None:
@@ -122,8 +122,8 @@ def _no_ranges() -> Ranges:
     return Ranges(empty, empty)
 
 
-def _export(address: int) -> Iterator[Allocation]:
-    """The allocation that holds an address; all that are mapped side by side if it is of virtual memory."""
+def _export(address: int, end: int) -> Iterator[Allocation]:
+    """The allocation that holds an address; of virtual memory all those up to `end`."""
     driver = bindings()
     attribute = driver.CUpointer_attribute
     base = int(call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, address))
@@ -133,7 +133,7 @@ def _export(address: int) -> Iterator[Allocation]:
         return
     posix = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
     try:
-        for at, size, handle in _mappings(base, nbytes):
+        for at, size, handle in _mappings(address, end, base):
             try:
                 fd = int(call("cuMemExportToShareableHandle", handle, posix, 0))
             finally:
@@ -146,20 +146,34 @@ def _export(address: int) -> Iterator[Allocation]:
         ) from refused
 
 
-def _mappings(base: int, nbytes: int) -> Iterator[tuple[int, int, Any]]:
-    """Address, size and handle of each piece of memory that is mapped into a range of virtual memory.
+def _mappings(address: int, end: int, lowest: int) -> Iterator[tuple[int, int, Any]]:
+    """Address, size and handle of each piece of memory that is mapped from an address up to `end`.
 
-    The driver tells the extent of what is mapped without a gap, not of each piece.
+    The driver tells the extent of the virtual memory, of which parts may not be mapped, and not of each piece.
     """
-    begin, held = base, call("cuMemRetainAllocationHandle", base)
-    for at in range(base + PIECE, base + nbytes, PIECE):
+    at = address // PIECE * PIECE
+    held = call("cuMemRetainAllocationHandle", at)
+    begin = at
+    while begin > lowest and _same(held, begin - PIECE):
+        begin -= PIECE
+    at += PIECE
+    while True:
+        while _same(held, at):
+            at += PIECE
+        yield begin, at - begin, held
+        if at >= end:
+            return
+        begin, held = at, call("cuMemRetainAllocationHandle", at)
+
+
+def _same(held: Any, at: int) -> bool:
+    """Whether the piece of memory that is mapped at an address is that of a handle."""
+    try:
         handle = call("cuMemRetainAllocationHandle", at)
-        if int(handle) == int(held):
-            call("cuMemRelease", handle)
-        else:
-            yield begin, at - begin, held
-            begin, held = at, handle
-    yield begin, base + nbytes - begin, held
+    except TransportError:
+        return False  # nothing is mapped there
+    call("cuMemRelease", handle)
+    return int(handle) == int(held)
 
 
 class Imports:
