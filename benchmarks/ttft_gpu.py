@@ -12,24 +12,25 @@ import contextlib
 import random
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-import aiohttp
-
 from benchmarks import serving
 from benchmarks.gpu_engines import Lab, Spec, gpus, peers_path, ready_all
-from benchmarks.report import Row, not_run
+from benchmarks.report import not_run
 from benchmarks.saved import Saved
 from benchmarks.ttft_client import open_session
 from benchmarks.ttft_measures import (
+    FAILURES,
     FIRST,
     NIXL,
     OURS,
     PROXIED,
     SINGLE,
     Bench,
+    Rows,
     added_ttft,
     breakdown,
     decode_slowed,
@@ -63,24 +64,29 @@ class Measuring:
         self._slower = slower
         self._end = end
 
-    async def __call__(
-        self, name: str, limit: float, measure: Callable[[], Awaitable[list[Row] | None]]
-    ) -> None:
-        """Await `measure()` for at most `limit` seconds, of what is left of the whole."""
+    async def __call__(self, name: str, limit: float, measure: Callable[[], Rows]) -> None:
+        """Save what `measure()` yields for at most `limit` seconds, of what is left of the whole."""
         began = time.monotonic()
         limit = min(limit * self._slower, self._end - began)
         try:
             if limit <= 0:
                 raise TimeoutError("no time was left (--budget)")
             async with asyncio.timeout(limit):
-                self._save.add(await measure() or [])
-        except (RuntimeError, ValueError, OSError, TimeoutError, aiohttp.ClientError) as error:
-            why = str(error) or f"{type(error).__name__} after {limit:.0f} s"
-            self.failed.append(name)
-            self._save.add([not_run("ttft", OURS, name, "", why)])
-            print(f"{name}: FAILED: {why}", flush=True)
+                async for rows in measure():
+                    self._save.add(rows)
+        except Exception as error:  # whatever it is: the other measures go on
+            why = f"{type(error).__name__}: {error}" if str(error) else f"not done after {limit:.0f} s"
+            self.note(name, why)
+            if not isinstance(error, (*FAILURES, ValueError)):
+                traceback.print_exc()
         else:
             print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+
+    def note(self, name: str, why: str) -> None:
+        """Something could not be measured."""
+        self.failed.append(name)
+        self._save.add([not_run("ttft", OURS, name, "", why)])
+        print(f"{name}: FAILED: {why}", flush=True)
 
 
 class Run:
@@ -99,12 +105,14 @@ class Run:
 
     def run(self) -> list[str]:
         """Everything asked for; returns what failed."""
-        if self.only & set(EAGER):
-            with contextlib.ExitStack() as stack:
-                self._eager(stack)
-        if self.only & set(GRAPHS):
-            with contextlib.ExitStack() as stack:
-                self._graphs(stack)
+        for measures, part in ((EAGER, self._eager), (GRAPHS, self._graphs)):
+            if self.only & set(measures):
+                try:
+                    with contextlib.ExitStack() as stack:
+                        part(stack)
+                except Exception as error:  # the other part may still work
+                    traceback.print_exc()
+                    self.measuring.note(part.__name__.strip("_"), f"{type(error).__name__}: {error}")
         self.save.publish(hidden=("moment", "step"))
         print(steps(self.save.rows) if "breakdown" in self.only else "")
         return self.measuring.failed
@@ -154,7 +162,8 @@ class Run:
         everywhere = urls | {engine.name: engine.url for engine in coupled[1:]}
         async with open_session() as session:
             rounds = 2 if options.quick else 8
-            bench = Bench(session, scale, urls, "graphs", rounds, random.Random(12))
+            asked = {subject: url for subject, url in urls.items() if subject != PROXIED}
+            bench = Bench(session, scale, asked, "graphs", rounds, random.Random(12))
             warm = Bench(session, scale, everywhere, "graphs", rounds, random.Random(13))
             await self.measuring("warm_up_graphs", 90, lambda: warm_up(warm))
             await self.measuring("kv_moved_graphs", 30, lambda: kv_moved(bench))

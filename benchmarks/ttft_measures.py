@@ -1,4 +1,4 @@
-"""What benchmarks/ttft.py measures on running engines; each function returns rows and prints nothing."""
+"""What benchmarks/ttft.py measures on running engines: generators of rows, as soon as there are some."""
 
 import asyncio
 import math
@@ -7,13 +7,13 @@ import statistics
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import aiohttp
 
 from benchmarks.gpu_engines import Scale
-from benchmarks.report import Row, row
+from benchmarks.report import Row, not_run, row
 from benchmarks.ttft_client import (
     TIMELINE,
     Answered,
@@ -36,6 +36,10 @@ GENERATED = 16
 TIE = 0.03
 """Nats. Two tokens closer than this are a tie that another batch shape may break the other way."""
 QUIET = 0.05  # seconds between two requests: what a connector does after an answer is not the next one's
+
+
+FAILURES = (RuntimeError, OSError, TimeoutError, aiohttp.ClientError)
+Rows = AsyncIterator[list[Row]]
 
 
 @dataclass(frozen=True)
@@ -62,15 +66,16 @@ class Bench:
         return {"mode": self.mode} | more
 
 
-async def warm_up(bench: Bench) -> None:
+async def warm_up(bench: Bench) -> Rows:
     """What engines, proxies and connections set up with their first requests is not measured."""
     for length in (*bench.scale.lengths, *bench.scale.lengths[:-1]):
         request = body(bench.prompt(length), 4)
         for url in bench.urls.values():
             await stream(bench.session, url, request)
+    yield []
 
 
-async def kv_matters(bench: Bench) -> list[Row]:
+async def kv_matters(bench: Bench) -> Rows:
     """Whether answers depend on more than the prompt's end: else comparing them would prove nothing.
 
     Raises:
@@ -83,16 +88,15 @@ async def kv_matters(bench: Bench) -> list[Row]:
         answers.add((await stream(bench.session, bench.urls[SINGLE], request)).tokens)
     if len(answers) < 8:
         raise RuntimeError(f"8 prompts of equal ends got {len(answers)} different answers: weights are bad")
-    return [row("ttft", SINGLE, bench.case(), "answers_of_8_equal_ends", [len(answers)], "different")]
+    yield [row("ttft", SINGLE, bench.case(), "answers_of_8_equal_ends", [len(answers)], "different")]
 
 
-async def kv_moved(bench: Bench) -> list[Row]:
+async def kv_moved(bench: Bench) -> Rows:
     """How much KV a request through prefill and decode moved, by which path, and how much of it early.
 
     Raises:
         RuntimeError: none was moved: decode computed the prompt itself, and no figure would mean anything.
     """
-    rows = []
     for length in bench.scale.lengths:
         told = []
         for _ in range(3):
@@ -101,46 +105,49 @@ async def kv_moved(bench: Bench) -> list[Row]:
             if not told[-1].get("bytes"):
                 raise RuntimeError(f"{length} tokens moved no KV: {told[-1]}")
         case = bench.case(prompt_tokens=length, path=told[-1]["path"])
-        rows.append(row("ttft", OURS, case, "kv_moved", [t["bytes"] / 2**20 for t in told], "MiB"))
         early = [100 * t["early_bytes"] / t["bytes"] for t in told]
-        rows.append(row("ttft", OURS, case, "kv_moved_early", early, "%"))
-    return rows
+        yield [
+            row("ttft", OURS, case, "kv_moved", [t["bytes"] / 2**20 for t in told], "MiB"),
+            row("ttft", OURS, case, "kv_moved_early", early, "%"),
+        ]
 
 
-async def added_ttft(bench: Bench) -> list[Row]:
+async def added_ttft(bench: Bench) -> Rows:
     """TTFT of every subject on the same fresh prompts, one request at a time in shuffled turns.
 
-    Every answer is compared with the single engine's: equal, a tie (see `TIE`), or wrong.
+    Every answer is compared with the single engine's: equal, a tie (see `TIE`), or wrong. A subject that
+    fails is left out from then on.
     """
-    answers: dict[tuple[str, int], list[Answered]] = defaultdict(list)
-    verdicts: dict[str, list[str]] = defaultdict(list)
-    for _ in range(bench.rounds):
-        for length in bench.scale.lengths:
+    order = list(bench.urls)
+    for length in bench.scale.lengths:
+        answers: dict[str, list[Answered]] = defaultdict(list)
+        verdicts: dict[str, list[str]] = defaultdict(list)
+        case = bench.case(prompt_tokens=length)
+        for _ in range(bench.rounds):
             tokens = bench.prompt(length)
             request = body(tokens, GENERATED)
-            order = list(bench.urls)
             bench.rng.shuffle(order)
-            for subject in order:
+            for subject in tuple(order):
                 await asyncio.sleep(QUIET)
-                answers[subject, length].append(await stream(bench.session, bench.urls[subject], request))
-            alone = answers[SINGLE, length][-1].tokens
+                try:
+                    answers[subject].append(await stream(bench.session, bench.urls[subject], request))
+                except FAILURES as error:
+                    if subject == SINGLE:
+                        raise
+                    order.remove(subject)
+                    yield [not_run("ttft", subject, "added_ttft", "ms", _said(error), case)]
+            alone = answers[SINGLE][-1].tokens
             for subject in order:
-                mine = answers[subject, length][-1].tokens
+                mine = answers[subject][-1].tokens
                 verdicts[subject].append(await _verdict(bench, tokens, mine, alone))
-    rows = []
-    for subject in bench.urls:
-        for length in bench.scale.lengths:
-            rows += _ttft_rows(
-                subject,
-                bench.case(prompt_tokens=length),
-                [a.ttft for a in answers[subject, length]],
-                [a.ttft for a in answers[SINGLE, length]],
-            )
-        for verdict in ("equal", "tie", "wrong"):
-            found = verdicts[subject].count(verdict)
-            case = bench.case(of=len(verdicts[subject]))
-            rows.append(row("ttft", subject, case, f"answers_{verdict}", [found], "answers"))
-    return rows
+        alone_s = [a.ttft for a in answers[SINGLE]]
+        for subject in (each for each in bench.urls if each in order):
+            rows = _ttft_rows(subject, case, [a.ttft for a in answers[subject]], alone_s)
+            for verdict in ("equal", "tie", "wrong"):
+                found = verdicts[subject].count(verdict)
+                of = case | {"of": len(verdicts[subject])}
+                rows.append(row("ttft", subject, of, f"answers_{verdict}", [found], "answers"))
+            yield rows
 
 
 async def _verdict(bench: Bench, tokens: Sequence[int], mine: tuple[int, ...], alone: tuple[int, ...]) -> str:
@@ -160,13 +167,13 @@ def _ttft_rows(
     return rows
 
 
-async def breakdown(bench: Bench) -> list[Row]:
+async def breakdown(bench: Bench) -> Rows:
     """Where the time between a client's request and its first chunk goes: rows `moment`, in order.
 
     `moment` is the time since the client sent, `step` that since the moment before (in the order of medians).
     """
-    rows = []
     for length in bench.scale.lengths:
+        rows = []
         offsets: dict[str, list[float]] = defaultdict(list)
         for _ in range(bench.rounds):
             await asyncio.sleep(QUIET)
@@ -187,7 +194,7 @@ async def breakdown(bench: Bench) -> list[Row]:
             rows.append(row("ttft", OURS, case, "moment", found, "ms"))
             rows.append(row("ttft", OURS, case, "step", [now - before], "ms"))
             before = now
-    return rows
+        yield rows
 
 
 def steps(rows: Sequence[Row]) -> str:
@@ -205,34 +212,38 @@ def steps(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-async def under_load(bench: Bench, concurrencies: Sequence[int] = (1, 4, 16)) -> list[Row]:
+async def under_load(bench: Bench, concurrencies: Sequence[int] = (1, 4, 16)) -> Rows:
     """TTFT at the middle length with so many clients, each asking again as soon as it is answered."""
-    rows = []
     length = bench.scale.middle
     for clients in concurrencies:
         requests = [body(bench.prompt(length), GENERATED) for _ in range(max(bench.rounds, 3 * clients))]
+        case = bench.case(prompt_tokens=length, concurrency=clients)
         alone: list[float] = []
         for subject in sorted(bench.urls, key=lambda subject: subject != SINGLE):
-            answers = await closed_loop(bench.session, bench.urls[subject], requests, clients)
-            case = bench.case(prompt_tokens=length, concurrency=clients)
+            try:
+                answers = await closed_loop(bench.session, bench.urls[subject], requests, clients)
+            except FAILURES as error:
+                yield [not_run("ttft", subject, "ttft", "ms", _said(error), case)]
+                continue
             mine = [a.ttft for a in answers]
-            rows.append(row("ttft", subject, case, "ttft", [1e3 * s for s in mine], "ms"))
+            rows = [row("ttft", subject, case, "ttft", [1e3 * s for s in mine], "ms")]
             if subject == SINGLE:
                 alone = mine
-            else:
+            elif alone:
                 added = 1e3 * (statistics.median(mine) - statistics.median(alone))
                 rows.append(row("ttft", subject, case, "added_ttft", [added], "ms"))
-    return rows
+            yield rows
 
 
-async def prefill_slowed(bench: Bench, prefill: str, decode: str) -> list[Row]:
+async def prefill_slowed(bench: Bench, prefill: str, decode: str) -> Rows:
     """How long the prefill engine itself takes, when nobody takes the KV and when decode does, in turns."""
     driver = VllmEngine()
     info = await driver.probe(bench.session, prefill)
-    rows = []
     for length in bench.scale.lengths:
+        rows = []
         took: dict[str, list[float]] = {"plain": [], "streaming": []}
-        for turn in range(2 * bench.rounds):
+        turns = bench.rounds if length == bench.scale.lengths[-1] else 2 * bench.rounds
+        for turn in range(2 * turns):
             request = ClientRequest.parse(COMPLETIONS, body(bench.prompt(length), 1, stream=False))
             kind = ("plain", "streaming")[turn % 2]
             await asyncio.sleep(QUIET)
@@ -253,7 +264,7 @@ async def prefill_slowed(bench: Bench, prefill: str, decode: str) -> list[Row]:
         slower = 100 * (statistics.median(took["streaming"]) / statistics.median(took["plain"]) - 1)
         case = bench.case(prompt_tokens=length)
         rows.append(row("ttft", OURS, case, "prefill_slowdown", [slower], "%"))
-    return rows
+        yield rows
 
 
 async def _timed(session: aiohttp.ClientSession, url: str, request: bytes) -> float:
@@ -262,13 +273,13 @@ async def _timed(session: aiohttp.ClientSession, url: str, request: bytes) -> fl
     return time.monotonic() - started
 
 
-async def decode_slowed(bench: Bench, decode: str, *, window: float, streams: int = 8) -> list[Row]:
+async def decode_slowed(bench: Bench, decode: str, *, window: float, streams: int = 8) -> Rows:
     """TBT of steady streams on the decode engine, in windows with and without KV being pushed into it.
 
     The pushed prompts end with their first token, so that they add one step of one token each.
     """
     gaps: dict[str, list[float]] = {"quiet": [], "pushing": []}
-    per_window: dict[str, list[float]] = {"quiet": [], "pushing": []}
+    per_window: dict[str, list[list[float]]] = {"quiet": [], "pushing": []}
     now: list[tuple[float, float]] = []
     last: dict[int, float] = {}
 
@@ -308,21 +319,24 @@ async def decode_slowed(bench: Bench, decode: str, *, window: float, streams: in
                 await asyncio.sleep(window)
             inside = [gap for at, gap in now if at - gap >= began]
             gaps[kind] += inside
-            per_window[kind].append(statistics.median(inside))
+            per_window[kind].append(inside)
     finally:
         for task in steady:
             task.cancel()
         await asyncio.gather(*steady, return_exceptions=True)
-    rows = []
     case = bench.case(streams=streams, pushed_prompts=pushed, prompt_tokens=bench.scale.middle)
-    for kind, found in gaps.items():
-        mine = case | {"pushes": kind}
-        rows.append(row("ttft", OURS, mine, "tbt_p50", [1e3 * s for s in per_window[kind]], "ms"))
-        rows.append(row("ttft", OURS, mine, "tbt_p99", [1e3 * percentile(found, 99)], "ms"))
-    for p in (50, 99):
-        slower = 100 * (percentile(gaps["pushing"], p) / percentile(gaps["quiet"], p) - 1)
-        rows.append(row("ttft", OURS, case, f"decode_slowdown_p{p}", [slower], "%"))
-    return rows
+    figures: dict[str, Callable[[Sequence[float]], float]] = {
+        "mean": statistics.fmean,
+        "p50": lambda found: percentile(found, 50),
+        "p99": lambda found: percentile(found, 99),
+    }
+    for name, figure in figures.items():
+        value = {kind: figure(found) for kind, found in gaps.items()}
+        for kind, found in per_window.items():
+            samples = [1e3 * figure(one) for one in found]
+            yield [row("ttft", OURS, case | {"pushes": kind}, f"steady_tbt_{name}", samples, "ms")]
+        slower = 100 * (value["pushing"] / value["quiet"] - 1)
+        yield [row("ttft", OURS, case, f"decode_slowdown_{name}", [slower], "%")]
 
 
 async def _push_for(bench: Bench, seconds: float) -> int:
@@ -340,6 +354,10 @@ async def _push_for(bench: Bench, seconds: float) -> int:
 
     await asyncio.gather(client(), client())
     return count
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def percentile(values: Sequence[float], p: float) -> float:

@@ -129,6 +129,9 @@ def test_what_was_never_answered_misses_its_slo():
     assert found["unanswered"] == 1
     assert found["ttft_p50"] == 100
     assert found["tbt_p99"] == 20
+    assert found["tbt_mean"] == 12.5
+    nobody = serving.rows_of("x", 2.0, 2.0, outcomes[3:])
+    assert {r["metric"]: r["value"] for r in nobody} == {"goodput": 0, "within_slo": 0, "unanswered": 1}
 
 
 def test_percentiles_are_values_that_were_seen():
