@@ -85,7 +85,7 @@ class Scatter:
         """Enqueue the copy of `n` ranges of `total` bytes. Needs the context current.
 
         Args:
-            table: address of the words that `fill_table` made; spoilt by the copy. Best in the device's memory.
+            table: address of the words that `fill_table` made, best on the device; spoilt by it.
             width: from `width_of`.
             blocks: multiprocessors to use at most.
         """

@@ -149,7 +149,7 @@ def _export(address: int, end: int) -> Iterator[Allocation]:
 def _mappings(address: int, end: int, lowest: int) -> Iterator[tuple[int, int, Any]]:
     """Address, size and handle of each piece of memory that is mapped from an address up to `end`.
 
-    The driver tells the extent of the virtual memory, of which parts may not be mapped, and not of each piece.
+    The driver tells the extent of virtual memory, of which parts may not be mapped, and not of each piece.
     """
     at = address // PIECE * PIECE
     held = call("cuMemRetainAllocationHandle", at)
