@@ -29,7 +29,7 @@ def gpus() -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpus(n): needs so many GPUs")
+    config.addinivalue_line("markers", "gpus(n): needs so many GPUs; 0: is for machines without")
     config.addinivalue_line("markers", "engines(*names): needs these vLLM engines (tests/gpu/fleet.py)")
 
 
@@ -45,10 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if count > have:
             what = f"{count} GPUs" if count > 1 else "a GPU"
             item.add_marker(pytest.mark.skip(reason=f"needs {what}, here are {have}"))
+        elif need and not count and have:
+            item.add_marker(
+                pytest.mark.skip(reason="tries the tests themselves, where no GPU's time is spent")
+            )
         elif item.get_closest_marker("engines") and lack:
             item.add_marker(pytest.mark.skip(reason=lack))
         elif item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(120))
+            item.add_marker(pytest.mark.timeout(240))
 
     def place(item: pytest.Item) -> int:
         name = item.path.stem.removeprefix("test_")

@@ -18,7 +18,7 @@ from typing import Any
 
 Environment = tuple[tuple[str, str], ...]
 
-START_S = 90.0
+START_S = 150.0
 """How long the start of a process may take while many others start as well."""
 
 

@@ -41,7 +41,7 @@ BACK = Where("cuda:1", "cuda:0")
 APART = Where("cuda:0", "cuda:0", environments=(only(0), only(1)))
 
 PLACES = [
-    pytest.param(HOST, id="host memory by tcp"),
+    pytest.param(HOST, id="host memory by tcp", marks=pytest.mark.gpus(0)),
     pytest.param(ONE, id="one GPU", marks=pytest.mark.gpus(1)),
     pytest.param(TWO, id="two GPUs", marks=pytest.mark.gpus(2)),
 ]

@@ -9,7 +9,7 @@ import pytest
 from tests.gpu.half import GUARD, Half
 from tests.gpu.processes import Process, Processes
 from tests.gpu.ranges import Copies, scattered
-from tests.gpu.test_cuda_ipc import HOST, MIB, ONE, PLACES, TWO, Where
+from tests.gpu.test_cuda_ipc import MIB, PLACES, Where
 
 GIB = 1 << 30
 HELD = 20 * GIB
@@ -133,14 +133,7 @@ def test_the_initiator_is_killed(processes: Processes, where: Where) -> None:
     assert_writes(another, target, "another", nbytes)
 
 
-@pytest.mark.parametrize(
-    "where",
-    [
-        pytest.param(HOST, id="host memory by tcp"),
-        pytest.param(ONE, id="one GPU", marks=pytest.mark.gpus(1)),
-        pytest.param(TWO, id="two GPUs", marks=pytest.mark.gpus(2)),
-    ],
-)
+@pytest.mark.parametrize("where", PLACES)
 def test_the_target_is_killed(processes: Processes, where: Where) -> None:
     """The initiator's CUDA context survives; it lets go of the dead target's memory; a new target works."""
     nbytes = size_of(where)
