@@ -87,6 +87,9 @@ class EarlyReader:
         # A token that ends the answer, or is no text by itself, is decode's to send.
         if choice.get("finish_reason") != "length" or len(texts) != 1 or said.get("tool_calls"):
             return None
+        # Parsers may swallow white space if it comes together with what follows it.
+        if not said[texts[0]].strip():
+            return None
         choice["finish_reason"] = None
         choice.pop("stop_reason", None)
         found.pop("system_fingerprint", None)
