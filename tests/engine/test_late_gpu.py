@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,6 +77,7 @@ def pairs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Pair]]:
     monkeypatch.setattr(LateExecutor, "initialize_from_config", initialize)
     monkeypatch.setattr(worker_side, "_clock", clock)
     monkeypatch.setattr(worker_side, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(worker_side, "get_pp_group", lambda: SimpleNamespace(rank_in_group=0))
     monkeypatch.setattr(first_token, "install", lambda config: False)
     monkeypatch.setattr(agent._Prefill, "write", write_after)
     engines: list[LateEngine] = []
