@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,8 @@ from tests.gpu.models import MAX_TOKENS, deepseek, llama
 START_S = 300.0
 """Of a dozen engines at once on a machine that has just been started."""
 
-LOG_LINES = 60
+LOG_LINES = 15
+_ERROR = re.compile(r"\w+(Error|Exception): .{1,300}")
 MODELS = {"llama": llama, "mla": deepseek}
 
 ENVIRONMENT = {
@@ -150,7 +152,7 @@ class Fleet:
         except EngineStartError as failed:
             lines = engine.log_text().splitlines()
             self._failed[name] = f"{str(failed).splitlines()[0]} (the first test that needed it says more)"
-            errors = [line for line in lines if "Error" in line][:10]
+            errors = list(dict.fromkeys(found[0] for line in lines if (found := _ERROR.search(line))))[:8]
             told = "\n".join([self._failed[name], "errors:", *errors, "the end:", *lines[-LOG_LINES:]])
             raise AssertionError(f"engine {name!r} did not start: {told}") from None
         return engine
