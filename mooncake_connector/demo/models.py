@@ -1,8 +1,8 @@
 """Tiny models, made on the spot: random weights from a fixed seed, a local tokenizer, nothing downloaded.
 
-Three shapes that matter to a KV connector: full attention with grouped heads (``tiny-llama``), sliding
-windows beside full attention (``tiny-gemma3``) and multi-head latent attention (``tiny-deepseek``). Their
-answers are gibberish, and the same on every machine with the same libraries.
+Four shapes that matter to a KV connector: full attention with grouped heads (``tiny-llama``) and with one KV
+head (``tiny-mqa``), sliding windows beside full attention (``tiny-gemma3``) and multi-head latent attention
+(``tiny-deepseek``). Their answers are gibberish, and the same on every machine with the same libraries.
 """
 
 import os
@@ -131,6 +131,12 @@ def _llama(vocab: int) -> Any:
     return LlamaForCausalLM(LlamaConfig(**_common(vocab), num_key_value_heads=2, head_dim=64))
 
 
+def _mqa(vocab: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**_common(vocab), num_key_value_heads=1, head_dim=64))
+
+
 def _gemma3(vocab: int) -> Any:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -184,6 +190,7 @@ def _deepseek(vocab: int) -> Any:
 
 _BUILDERS: dict[str, Callable[[int], Any]] = {
     "tiny-llama": _llama,
+    "tiny-mqa": _mqa,
     "tiny-gemma3": _gemma3,
     "tiny-deepseek": _deepseek,
 }

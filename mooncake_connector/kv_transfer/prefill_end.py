@@ -24,7 +24,7 @@ from mooncake_connector.kv_transfer.messages import (
     unpack_want,
 )
 from mooncake_connector.kv_transfer.ports import PrefillPorts
-from mooncake_connector.kv_transfer.prefill_peers import Peer, PeerId, PrefillPeers
+from mooncake_connector.kv_transfer.prefill_peers import PeerId, PrefillPeers
 from mooncake_connector.kv_transfer.push import Chunk, Clock, PushProgress, Want, check_want
 from mooncake_connector.kv_transfer.routes import WorkerAt
 from mooncake_connector.kv_transfer.send_transfer import SendShare, SendTransfer, TransferKey
@@ -230,13 +230,12 @@ class PrefillEnd:
         transfer = self._transfers.get(id)
         try:
             want = unpack_want(message.want)
-            refusal = self._refusal(peer, known, message, want, transfer)
+            refusal = self._refusal(peer, message, want, transfer)
         except ValueError as e:
             refusal = f"malformed reservation: {e}"
-        if refusal or known is None:
-            refusal = refusal or "say hello first"
-            self._remember(message.key, refusal)
-            self._ports.send(peer, Failed(message.key, refusal))
+        if refusal is not None or known is None:
+            self._remember(message.key, refusal or "")
+            self._ports.send(peer, Failed(message.key, refusal or ""))
             return
         if transfer is None:
             transfer = self._add(id)
@@ -245,7 +244,7 @@ class PrefillEnd:
             share = SendShare(transfer, SendState.UNMATCHED, now + self._config.match_timeout_s)
             transfer.shares.append(share)
         transfer.expected = max(transfer.expected, message.shares)
-        transfer.owner = known.engine
+        transfer.owner = known.info.engine_id
         share.peer, share.key, share.wants_token = peer, message.key, message.first_token
         self._by_key[message.key] = share
         share.progress = PushProgress(
@@ -266,21 +265,16 @@ class PrefillEnd:
         self._settle(transfer)
 
     def _refusal(
-        self,
-        peer: PeerId,
-        known: Peer | None,
-        message: Reserve,
-        want: Sequence[Want],
-        transfer: SendTransfer | None,
+        self, peer: PeerId, message: Reserve, want: Sequence[Want], transfer: SendTransfer | None
     ) -> str | None:
         if message.key in self._over:
             return self._over[message.key]
-        if known is None:
+        if (known := self._peers.get(peer)) is None:
             return "say hello first"
         check_want(want, known.info.layout)
         if transfer is None:
             return self._over.get((message.transfer_id, message.prompt_hash))
-        if transfer.owner not in ("", known.engine) or any(s.peer == peer for s in transfer.shares):
+        if transfer.owner not in ("", known.info.engine_id) or any(s.peer == peer for s in transfer.shares):
             return "another decode request has reserved this transfer"
         if transfer.request_id is not None and transfer.open is None:
             taken = sum(s.key > 0 for s in transfer.shares)

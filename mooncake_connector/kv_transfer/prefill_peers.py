@@ -29,10 +29,6 @@ class Peer:
         self.info, self.route, self.deadline = info, route, deadline
         self.linked = False
 
-    @property
-    def engine(self) -> str:
-        return f"{self.info.engine_id}/{self.info.incarnation}"
-
 
 class PrefillPeers:
     """All decode workers that said hello.

@@ -18,7 +18,7 @@ class SendTransfer:
         held: ... and its blocks wait for us.
         first_token: what the prompt's last position sampled; -1 until the scheduler has told.
         expected: how many decode workers reserve it here, as far as is known.
-        owner: engine id and incarnation of the decode engine that has reserved it.
+        owner: engine id of the decode engine that has reserved it.
         shares: every reservation, and the place for the next one while one is to come.
     """
 

@@ -76,7 +76,7 @@ def info(engine_id: str, incarnation: int, base: int, tp_size: int, rank: int, h
         plugin="0",
         engine="none",
         engine_id=engine_id,
-        incarnation=str(incarnation),
+        incarnation=f"{incarnation}-{rank}",  # each worker draws its own
         model="m",
         model_hash="h",
         dtype="float32",
