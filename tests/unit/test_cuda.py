@@ -317,6 +317,22 @@ def test_tiles_must_fit_with_their_strides(monkeypatch: pytest.MonkeyPatch) -> N
         imports.place(CopyPlan.tiled(u64(0), u64(1060), tile))
 
 
+def test_tiles_across_two_allocations_become_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    imports = Mapped(monkeypatch, (1000, 100, 5000), (1100, 100, 70)).imports
+    tile = Tile(1, 2, 40, 0, 64, 0, 64)
+    plan = CopyPlan.tiled(u64(0, 200), u64(1000, 1080), tile)
+    placed = imports.place(plan)
+    rows = sorted(zip(placed.src.tolist(), placed.dst.tolist(), placed.length.tolist(), strict=True))
+    assert rows == [
+        (0, 5000, 40),
+        (64, 5064, 36),
+        (100, 70, 4),
+        (200, 5080, 20),
+        (220, 70, 20),
+        (264, 114, 40),
+    ]
+
+
 def test_gpu_memory_without_cuda_is_not_shared() -> None:
     with pytest.raises(TransportError):
         Exports().add(Region(1 << 40, 4096, "cuda:0"))

@@ -222,9 +222,8 @@ class Imports:
             raise _outside(plan)
         over = end > self._end[at]
         if over.any():
-            if plan.tile is not None:
-                raise _outside(plan)
-            return self.place(self._cut(plan, at, over))
+            # A tile may lie across two allocations although none of its runs does; runs can be cut.
+            return self.place(plan.flat() if plan.tile is not None else self._cut(plan, at, over))
         return msgspec.structs.replace(plan, dst=plan.dst + self._shift[at])
 
     def _cut(self, plan: CopyPlan, at: NDArray[np.int64], over: NDArray[np.bool_]) -> CopyPlan:
