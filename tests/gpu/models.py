@@ -66,7 +66,11 @@ def deepseek(folder: Path) -> Path:
     from transformers import AutoConfig
 
     tiny = make("tiny-deepseek")
-    return _save(folder, tiny, AutoConfig.from_pretrained(tiny), _DEEPSEEK)
+    config = AutoConfig.from_pretrained(tiny)
+    # vLLM's attention for prefill on GPUs knows DeepSeek's own dimensions only.
+    config.qk_nope_head_dim = config.v_head_dim = 128
+    config.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+    return _save(folder, tiny, config, _DEEPSEEK)
 
 
 def _save(folder: Path, tokenizer: Path, config: Any, deviation: Mapping[str, float]) -> Path:
