@@ -12,8 +12,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,7 +118,7 @@ class Spec:
     role: Literal["producer", "consumer", "both"] = "both"
     graphs: bool = False
     kv_gib: float = 8.0
-    extra: tuple[tuple[str, Any], ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 class PeerProxy(LocalProcess):
@@ -188,7 +188,7 @@ class Lab:
             args.append("--enforce-eager")
         config: dict[str, Any] | None = None
         if spec.connector == "ours":
-            config = push_config(spec.role, dict(spec.extra))
+            config = push_config(spec.role, spec.extra)
         elif spec.connector == "nixl":
             config = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": self.device}
             env |= {

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -190,16 +191,18 @@ def _ms(seconds: float) -> float | None:
     return round(1e3 * seconds, 1) if seconds == seconds else None
 
 
-def specs(x: int, y: int, *, kv_gib: float, first_gpu: int = 0) -> tuple[list[Spec], list[Spec], list[Spec]]:
+def specs(
+    x: int, y: int, *, kv_gib: float, extra: Mapping[str, Any]
+) -> tuple[list[Spec], list[Spec], list[Spec]]:
     """Prefill, decode and coupled engines: a GPU for each of the first two, shared with a coupled one."""
     prefill = [
-        Spec(f"prefill-{i}", (first_gpu + i,), "ours", "producer", kv_gib=kv_gib / 2) for i in range(x)
+        Spec(f"prefill-{i}", (i,), "ours", "producer", kv_gib=kv_gib / 2, extra=extra) for i in range(x)
     ]
     decode = [
-        Spec(f"decode-{i}", (first_gpu + x + i,), "ours", "consumer", graphs=True, kv_gib=kv_gib)
+        Spec(f"decode-{i}", (x + i,), "ours", "consumer", graphs=True, kv_gib=kv_gib, extra=extra)
         for i in range(y)
     ]
-    coupled = [Spec(f"coupled-{i}", (first_gpu + i,), graphs=True, kv_gib=kv_gib) for i in range(x + y)]
+    coupled = [Spec(f"coupled-{i}", (i,), graphs=True, kv_gib=kv_gib) for i in range(x + y)]
     return prefill, decode, coupled
 
 
@@ -242,6 +245,7 @@ def main() -> int:
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="requests per second")
     parser.add_argument("--seconds", type=float, default=15.0, help="how long each load arrives (15)")
     parser.add_argument("--kv-gib", type=float, default=30.0, help="KV cache of decode and coupled engines")
+    parser.add_argument("--extra", type=json.loads, default={}, help="the connector's settings, JSON")
     parser.add_argument("--cpu", action="store_true", help="a tiny model on the CPU: tries the code only")
     options = parser.parse_args()
     x, y = options.xpyd
@@ -250,7 +254,8 @@ def main() -> int:
         preload = stack.enter_context(PreloadedVllm(engine_environment("."))) if options.cpu else None
         lab = Lab(logs, "cpu" if options.cpu else "cuda", preload)
         prefill, decode, coupled = (
-            [lab.engine(spec) for spec in part] for part in specs(x, y, kv_gib=options.kv_gib)
+            [lab.engine(spec) for spec in part]
+            for part in specs(x, y, kv_gib=options.kv_gib, extra=options.extra)
         )
         processes: list[LocalProcess] = [*prefill, *decode, *coupled]
         proxy = lab.proxy(prefill, decode, "proxy")

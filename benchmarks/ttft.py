@@ -224,6 +224,7 @@ def main() -> int:
     gpu.add_argument("--rates", type=float, nargs="+", default=serving.RATES, help="requests per second")
     gpu.add_argument("--seconds", type=float, default=15.0, help="how long each load arrives (15)")
     gpu.add_argument("--kv-gib", type=float, default=30.0, help="KV cache of engines under load")
+    gpu.add_argument("--extra", type=json.loads, default={}, help="the connector's settings, JSON")
     gpu.add_argument("--logs", type=Path, help="folder for the engines' logs")
     options = parser.parse_args()
     if options.gpu:

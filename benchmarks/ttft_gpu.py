@@ -13,11 +13,13 @@ import random
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from benchmarks import serving
+from benchmarks.gpu_engines import GRAPHS as GRAPHS_CONFIG
 from benchmarks.gpu_engines import Lab, Spec, gpus, peers_path, ready_all
 from benchmarks.report import not_run
 from benchmarks.saved import Saved
@@ -97,7 +99,7 @@ class Run:
         self.options = options
         self.only = set(options.only or (*EAGER, *GRAPHS))
         others = nixl_version(peers_path()) if lab.device == "cpu" else None
-        facts = {"gpus": gpus(), "engines": settings(lab)}
+        facts = {"gpus": gpus(), "engines": settings(lab, options.extra)}
         self.save = Saved(options.json, PACKAGES, others, facts)
         end = time.monotonic() + options.budget
         self.measuring = Measuring(self.save, lab.scale.slower, end)
@@ -119,9 +121,9 @@ class Run:
 
     def _eager(self, stack: contextlib.ExitStack) -> None:
         lab = self.lab
-        single = lab.engine(Spec(SINGLE, (0,), kv_gib=8))
-        prefill = lab.engine(Spec("prefill", (0,), "ours", "producer", kv_gib=8))
-        decode = lab.engine(Spec("decode", (1,), "ours", "consumer", kv_gib=8))
+        single = lab.engine(Spec(SINGLE, (0,)))
+        prefill = lab.engine(Spec("prefill", (0,), "ours", "producer", extra=self.options.extra))
+        decode = lab.engine(Spec("decode", (1,), "ours", "consumer", extra=self.options.extra))
         nixl = self._nixl(graphs=False) if "ttft" in self.only else []
         urls = self._start(stack, single, [prefill], [decode], nixl)
         if urls is None:
@@ -145,7 +147,7 @@ class Run:
     def _graphs(self, stack: contextlib.ExitStack) -> None:
         lab = self.lab
         x, y = self.options.xpyd
-        parts = serving.specs(x, y, kv_gib=self.options.kv_gib)
+        parts = serving.specs(x, y, kv_gib=self.options.kv_gib, extra=self.options.extra)
         prefill, decode, coupled = ([lab.engine(spec) for spec in part] for part in parts)
         if self.only == {"decode"}:
             coupled = coupled[:1]
@@ -238,7 +240,7 @@ class Run:
             self.save.fact("failed", failed)
 
 
-def settings(lab: Lab) -> dict[str, object]:
+def settings(lab: Lab, extra: Mapping[str, Any]) -> dict[str, object]:
     """What vLLM ran with, for readers of the results."""
     return {
         "model": lab.scale.model,
@@ -247,6 +249,9 @@ def settings(lab: Lab) -> dict[str, object]:
         "max_num_batched_tokens": "vLLM's default (8192 on an H200)",
         "max_num_seqs": 128,
         "prefix_caching": False,
+        "graphs": GRAPHS_CONFIG,
+        "prefill_engines": "eager: their steps are longer than any captured size",
+        "connector": dict(extra),
     }
 
 
