@@ -187,8 +187,10 @@ async def test_openai_client_chats(cluster: Cluster, early: str) -> None:
     assert found[0] == found[1]
 
 
-async def test_two_ranks_agree_on_the_token(clusters: Clusters, http: Http) -> None:
-    cluster = clusters(Shape(args=("--tensor-parallel-size", "2")))
+@pytest.mark.parametrize("prefill", [1, 2])
+async def test_two_ranks_agree_on_the_token(clusters: Clusters, http: Http, prefill: int) -> None:
+    ranks = {side: ("--tensor-parallel-size", str(n)) for side, n in (("p", prefill), ("d", 2))}
+    cluster = clusters(Shape(prefill_args=ranks["p"], decode_args=ranks["d"]))
     early = cluster.another_proxy("--first-token", "prefill").url
     got = [await ask(http, early, p, 24, temperature=1.7) for p in prompts("ranks", 12)]
     assert any(a.early for a in got)
