@@ -1,11 +1,13 @@
 """Prefill and decode of different parallelism and block size, token for token against one engine."""
 
+import asyncio
 import random
 
 import aiohttp
 import pytest
 
-from tests.engine.harness import Cluster, Clusters, Shape, complete, random_prompt
+from tests.engine.harness import Cluster, Clusters, Shape, abandon, complete, random_prompt
+from tests.engine.test_aborts import assert_idle
 from tests.engine.test_identity import answers, assert_identical, loaded_tokens
 
 Http = aiohttp.ClientSession
@@ -39,6 +41,25 @@ PAIRS = {
     "stages joined": engines("tiny-llama", "pp2", "tp1"),
     "stages divided": engines("tiny-llama", "tp1 bs64", "pp2 bs32"),
 }
+
+
+@pytest.mark.parametrize("pair", ["heads divided", "heads joined"])
+async def test_aborts(clusters: Clusters, http: Http, pair: str) -> None:
+    """Every worker lets go of what the others do: nothing waits for a lease."""
+    cluster = clusters(PAIRS[pair])
+    rng = random.Random(pair)
+    slots = asyncio.Semaphore(8)
+
+    async def one(prompt: list[int], after: float) -> bool:
+        async with slots:
+            return await abandon(http, cluster.url, prompt, after)
+
+    moments = [rng.choice([0.005, 0.03, 0.1, 0.4]) * rng.random() for _ in range(100)]
+    cut = await asyncio.gather(*(one(random_prompt(rng, rng.randint(1, 1500)), m) for m in moments))
+    assert sum(cut) > 60, "too many ended before they were to be cut off"
+    await assert_idle(http, cluster, within=10)
+    await assert_identical(http, cluster, [random_prompt(rng, rng.randint(1, 1500)) for _ in range(8)])
+    await assert_idle(http, cluster)
 
 
 @pytest.mark.parametrize("pair", PAIRS)

@@ -18,7 +18,11 @@ from vllm.v1.kv_cache_interface import (
 
 from mooncake_connector.errors import ConfigError
 from mooncake_connector.kv_transfer.layout import Field, KVLayout
-from mooncake_connector.kv_transfer.vllm.connector import MooncakePushConnector, _check_parallelism
+from mooncake_connector.kv_transfer.vllm.connector import (
+    MooncakePushConnector,
+    _check_parallelism,
+    _check_scales,
+)
 from mooncake_connector.kv_transfer.vllm.kv_layout import groups_of, layout_of
 
 FULL = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=8, dtype=torch.float32)
@@ -47,6 +51,13 @@ def test_parallelism_that_is_not_supported_is_refused(name: str, says: str) -> N
     _check_parallelism(SimpleNamespace(**sizes))
     with pytest.raises(ConfigError, match=says):
         _check_parallelism(SimpleNamespace(**{**sizes, name: 2}))
+
+
+def test_scales_of_each_engines_own_are_refused() -> None:
+    _check_scales(SimpleNamespace(calculate_kv_scales=False))
+    _check_scales(SimpleNamespace())  # gone in newer versions
+    with pytest.raises(ConfigError, match="--calculate-kv-scales"):
+        _check_scales(SimpleNamespace(calculate_kv_scales=True))
 
 
 def test_state_space_layers_are_refused() -> None:

@@ -36,6 +36,7 @@ class MooncakePushConnector(KVConnectorBase_V1, SupportsHMA):
         log_with_vllm()
         config = load_connector_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
         _check_parallelism(vllm_config.parallel_config)
+        _check_scales(vllm_config.cache_config)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
@@ -149,3 +150,11 @@ def _check_parallelism(parallel: Any) -> None:
         if size > 1:
             mend = "start one server per data-parallel rank" if "data" in flag else f"leave {flag} at 1"
             raise ConfigError(f"MooncakePushConnector does not support {flag} {size} yet: {mend}")
+
+
+def _check_scales(cache: Any) -> None:
+    if getattr(cache, "calculate_kv_scales", False):
+        raise ConfigError(
+            "with --calculate-kv-scales each engine reads fp8 KV by scales of its own: decode would misread "
+            "prefill's: leave it away (scales come from the checkpoint, or are 1)"
+        )
