@@ -48,6 +48,8 @@ RANKS = [
     # Held alike by both prefill ranks: each sends one of the two layers, or both to one of two.
     Ranks(prefill=2, decode=1, heads=1),
     Ranks(prefill=2, decode=2, heads=1),
+    # Two of the four have nothing to send, and must let go of their blocks all the same.
+    Ranks(prefill=4, decode=1, heads=1),
 ]
 Rare = st.integers(0, 5)
 
