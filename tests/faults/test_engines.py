@@ -184,12 +184,13 @@ async def test_policy_fail(clusters: Clusters, http: Http) -> None:
 
 
 async def test_engines_that_do_not_fit(clusters: Clusters, http: Http) -> None:
-    """Another block size: the handshake refuses with both sides' values, decode computes the prompt."""
-    cluster = clusters(Shape(decode_args=("--block-size", "64"), proxy=False))
+    """Another model configuration: the handshake refuses with both's hashes, decode computes the prompt."""
+    cluster = clusters(Shape(decode_args=("--hf-overrides", '{"note": "another"}'), proxy=False))
     prompt = random_prompt(random.Random(34), 300)
     probed = await probe(http, cluster.prefill.url)
     pair = Pair(http, cluster.prefill.url, cluster.decode.url, probed, prompt)
     _, tokens = await pair.gather()
     assert tokens == await greedy(http, cluster.single.url, prompt)
     log = cluster.decode.log.read_text()
-    assert "prefill has full block size 32, decode has full block size 64" in log
+    theirs = probed["model_hash"]
+    assert f"model configuration: prefill has {theirs}, decode has " in log
