@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from mooncake_connector.errors import TransportError
 from mooncake_connector.kv_transfer.memory import Region, U64Array
 from mooncake_connector.kv_transfer.plan import CopyPlan, Tile
-from mooncake_connector.kv_transfer.transport.cuda import cards, gate, share
+from mooncake_connector.kv_transfer.transport.cuda import cards, gate, rail, share
 from mooncake_connector.kv_transfer.transport.cuda.gate import GRANTS, Gate, Visitor
 from mooncake_connector.kv_transfer.transport.cuda.kernel import fill_table, width_of
-from mooncake_connector.kv_transfer.transport.cuda.rail import CopyPolicy
+from mooncake_connector.kv_transfer.transport.cuda.rail import USUAL_RANGES, CopyPolicy
 from mooncake_connector.kv_transfer.transport.cuda.share import Allocation, Exports, Imports
 from mooncake_connector.kv_transfer.transport.cuda.target import CudaTarget
 from mooncake_connector.kv_transfer.transport.process_vm import identity
@@ -345,6 +345,26 @@ def test_table() -> None:
     words = np.full(7, 9, np.uint64)
     assert fill_table(words, u64(1, 2), u64(3, 4), u64(10, 20)) == 30
     assert words.tolist() == [1, 2, 3, 4, 10, 30, 0]
+
+
+@pytest.mark.parametrize("n", [1, USUAL_RANGES - 1, USUAL_RANGES, USUAL_RANGES + 1, 2 * USUAL_RANGES, 65536])
+def test_the_table_grows_with_its_writes(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    sizes = []
+
+    class Buffer:
+        address = 0
+
+        def __init__(self, nbytes: int, context: object) -> None:
+            sizes.append(nbytes)
+            self.array = np.zeros(nbytes, np.uint8)
+
+    for name, fake in (("Pinned", Buffer), ("DeviceBuffer", Buffer), ("Event", lambda context: None)):
+        monkeypatch.setattr(rail, name, fake)
+    launch: Any = rail._Launch(None, 0, u64(0))  # type: ignore[arg-type]
+    ones = np.ones(n, np.uint64)
+    assert fill_table(launch.table(n), ones, ones, ones) == n
+    assert min(sizes[-2:]) >= 8 * (3 * n + 1)
+    assert launch.table(1).size == 4
 
 
 @pytest.mark.parametrize(("bits", "width"), [(16, 16), (48, 16), (8, 4), (4, 4), (2, 1), (1, 1)])

@@ -77,11 +77,8 @@ class _Launch:
         self._grow(USUAL_RANGES)
 
     def _grow(self, capacity: int) -> None:
-        self._capacity = capacity
-        self.host, self.device = (
-            Pinned(24 * capacity, self.context),
-            DeviceBuffer(24 * capacity, self.context),
-        )
+        self._capacity, nbytes = capacity, 24 * capacity + 8
+        self.host, self.device = Pinned(nbytes, self.context), DeviceBuffer(nbytes, self.context)
         self._buffers += [self.host, self.device]
 
     def table(self, n: int) -> U64Array:
@@ -182,7 +179,9 @@ class CudaRail:
                 launch.on_done = on_done
                 try:
                     failure = self._launch(launch, key, plan)
-                except TransportError as failed:
+                except Exception as failed:  # whatever it is, the write must not be left hanging
+                    if not isinstance(failed, TransportError):
+                        log.exception("%s: the rail is given up", self.name)
                     broken = f"cuda_ipc: {failed}"
                     self._waiting.appendleft((key, plan, on_done))
                     self._free.append(launch)
