@@ -91,8 +91,11 @@ class CudaRails:
             if isinstance(answer, Failure):
                 raise TransportError(answer.reason)
             rail = self._made(cards.decode_opened(answer))
-        except TransportError as failed:
-            log.warning("%s: no cuda_ipc, other paths carry the KV: %s", self._name, failed)
+        except Exception as failed:  # whatever it is, the link's other rails wait to hear of it
+            unexpected = not isinstance(failed, TransportError)
+            log.warning(
+                "%s: no cuda_ipc, other paths carry the KV: %s", self._name, failed, exc_info=unexpected
+            )
             if not self._closed:
                 self._events.rail_down(RAIL, str(failed))
         else:
