@@ -51,7 +51,7 @@ class DecodeEnd:
         self._info, self._config, self._ports = info, config, ports
         self._next_key = first_key
         self._peers = DecodePeers(info, config, ports, pid)
-        self._loads: set[Load] = set()
+        self._loads: dict[Load, None] = {}  # in the order of their coming, whoever hashes them
         self._by_request: dict[str, Load] = {}
         self._parts: dict[int, Part] = {}
 
@@ -66,7 +66,7 @@ class DecodeEnd:
         blocks = tuple(unpack_blocks(w.block) for w in want.want)
         engine = self._peers.engine(want.address, want.engine_id, now)
         load = Load(want, engine, blocks, now, now + self._config.load_timeout_s)
-        self._loads.add(load)
+        self._loads[load] = None
         self._by_request[want.request_id] = load
         if engine.sources is None:
             engine.loads.append(load)
@@ -294,7 +294,7 @@ class DecodeEnd:
 
     def _over(self, load: Load, outcome: Outcome, reason: str, now: float) -> None:
         load.outcome, load.reason = outcome, reason
-        self._loads.discard(load)
+        self._loads.pop(load, None)
         if self._by_request.get(load.want.request_id) is load:
             del self._by_request[load.want.request_id]
         if outcome is Outcome.FAILED:
