@@ -176,7 +176,6 @@ class LocalReserve(Message, frozen=True):
 
     Attributes:
         first_token: and have it tell the token that it samples; with no blocks wanted, nothing else.
-        step: the last step that may still write into the blocks for whoever had them before; -1: none.
     """
 
     token: bytes
@@ -188,7 +187,6 @@ class LocalReserve(Message, frozen=True):
     num_tokens: int
     want: tuple[WantBlocks, ...]
     first_token: bool = False
-    step: int = -1
 
 
 class LocalFirstToken(Message, frozen=True):
@@ -295,10 +293,6 @@ def pack_blocks(ids: Sequence[int] | BlockIds) -> bytes:
 def unpack_blocks(raw: bytes) -> BlockIds:
     """Raises ValueError if `raw` is not a whole number of int32."""
     return np.frombuffer(raw, "<i4").astype(np.int64)
-
-
-def pack_want(want: Sequence[Want]) -> tuple[WantBlocks, ...]:
-    return tuple(WantBlocks(pack_blocks(w.index), pack_blocks(w.block)) for w in want)
 
 
 def unpack_want(want: Sequence[WantBlocks]) -> tuple[Want, ...]:

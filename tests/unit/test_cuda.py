@@ -143,6 +143,24 @@ def test_copies_are_inside_until_the_stream_says_that_they_are_done() -> None:
     assert inside.left()
 
 
+def test_copies_that_were_refused_while_somebody_looked_are_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened = Gate()
+    visitor = visit(opened)
+    opened.open(KEY)
+    looks: list[gate.Inside] = []
+
+    def shut_in_between() -> None:
+        monkeypatch.setattr(gate, "full_barrier", lambda: None)
+        opened.shut(KEY)
+        looks.append(opened.inside())
+
+    monkeypatch.setattr(gate, "full_barrier", shut_in_between)
+    assert not visitor.begin_copy(KEY)
+    assert looks[0].left()
+
+
 def test_an_initiator_that_goes_leaves() -> None:
     opened = Gate()
     visitor = visit(opened)

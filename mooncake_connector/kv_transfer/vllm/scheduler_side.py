@@ -69,7 +69,6 @@ class SchedulerSide:
         self._handshakes: list[WorkerHandshake] = []
         self._step = 0
         self._sends: dict[str, Send] = {}
-        self._preempted: set[str] = set()
         self._ended: list[tuple[str, bool]] = []
         self._receives: dict[str, Receive] = {}
         self._leaders: dict[TransferKey, str] = {}

@@ -86,11 +86,6 @@ class Context:
     ) -> None:
         call("cuCtxPopCurrent")
 
-    @property
-    def uuid(self) -> bytes:
-        """16 bytes that name the device on every host and in every process."""
-        return bytes(call("cuDeviceGetUuid", self.device).bytes)
-
 
 def context_at(address: int) -> Context:
     """The context of the device whose memory this is."""

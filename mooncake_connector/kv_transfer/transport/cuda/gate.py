@@ -86,7 +86,9 @@ class Inside:
         """Whether all of them have left."""
         now = self._words[_ENTERED : _ENTERED + MAX_BLOCKS]
         self._tickets[now != self._tickets] = 0
-        return not self._tickets.any() and int(self._words[_DONE]) >= self._begun
+        # Who looked and was refused has taken its number back, and nothing will say that it is done.
+        begun = min(self._begun, int(self._words[_BEGUN]))
+        return not self._tickets.any() and int(self._words[_DONE]) >= begun
 
 
 class Visitor:

@@ -184,8 +184,7 @@ class CudaRail:
                         log.exception("%s: the rail is given up", self.name)
                     broken = f"cuda_ipc: {failed}"
                     self._waiting.appendleft((key, plan, on_done))
-                    self._free.append(launch)
-                    break
+                    break  # a part of it may be under way: its table must not be written anew
                 if failure is None:
                     self._flying.put(launch)
                 else:

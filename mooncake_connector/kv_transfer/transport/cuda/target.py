@@ -33,7 +33,6 @@ class _Peer:
         self.gate = Gate()
         self.pidfd: int | None = None
         self.pid = 0
-        self.shut = False
 
     def dead(self) -> bool:
         """Whether no process can write through this gate: none has come, or it has ended."""
@@ -105,7 +104,6 @@ class CudaTarget:
             known = self._peers.pop(peer, None)
             if known is not None:
                 known.gate.shut_all()
-                known.shut = True
                 self._await(known, lambda: self._gone(known, on_fenced))
         if known is None:
             on_fenced()
