@@ -35,6 +35,8 @@ UNREACHABLE = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 EVENTS = "text/event-stream"
 REFUSAL_GRACE = 1.0
 LINGER = 5.0
+# The client's stream hangs on this one, and the engine that is asked may be in a long step.
+TOKEN_WAIT = 30.0
 RETRY_PAUSE = 0.1
 
 
@@ -211,12 +213,15 @@ class Dispatcher:
         log.warning("%s; decode computes the prompt itself", why)
         self._metrics.retries.labels("decode").inc()
         asked = self._engine.timeline_body(request, answer.transfer_id)
-        known = self._engine.prefill_params(await self._aside(answer.choice.prefill or "", asked, headers))
+        source = answer.choice.prefill or ""
+        known = self._engine.prefill_params(await self._aside(source, asked, headers, TOKEN_WAIT))
         token = (known or {}).get("first_token", -1)
         demand = Demand(request.prompt_tokens, "decode_failed", frozenset({answer.choice.decode}))
         choice = self._policy.choose(self._pool.snapshot(), demand)
-        if choice is None or token < 0:
-            raise DecodeFailed("nobody can tell or use the token any more")
+        if token < 0:
+            raise DecodeFailed(f"prefill {source} can't tell which token that was")
+        if choice is None:
+            raise DecodeFailed("no decode engine is usable")
         release = self._pool[choice.decode].lease(request.prompt_tokens)
         body = self._engine.decode_body(request, {"first_token": token})
         try:
@@ -328,11 +333,13 @@ class Dispatcher:
         """Tell prefill that nobody comes: decode may never have seen the request, and the lease is long."""
         await self._aside(source.url, self._engine.release_body(request, transfer_id), headers)
 
-    async def _aside(self, url: str, body: bytes, headers: Mapping[str, str]) -> bytes:
+    async def _aside(
+        self, url: str, body: bytes, headers: Mapping[str, str], within: float = LINGER
+    ) -> bytes:
         """A request that only the connector there answers; empty if it does not."""
         own = {k: v for k, v in headers.items() if k.lower() != "x-request-id"}
         with contextlib.suppress(*BROKEN):
-            async with asyncio.timeout(LINGER):
+            async with asyncio.timeout(within):
                 async with self._session.post(url + COMPLETIONS, data=body, headers=own) as reply:
                     return await reply.read()
         return b""

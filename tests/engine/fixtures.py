@@ -60,7 +60,9 @@ def clusters(tmp_path_factory: pytest.TempPathFactory, preload: PreloadedVllm | 
 async def http() -> AsyncIterator[aiohttp.ClientSession]:
     """A client without a limit on connections, and with none kept from test to test."""
     timeout = aiohttp.ClientTimeout(total=120)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+    # vLLM closes connections that were idle for 5 s: one must not be taken up again in that moment.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         yield session
 
 

@@ -204,10 +204,12 @@ async def test_a_load_that_fails_after_the_token_was_sent(clusters: Clusters, ht
     """Decode computes the prompt itself then, and would draw a token of its own."""
     cluster = clusters(Shape(decode_extra=(("load_timeout_s", 0.01),), single=False))
     early = cluster.another_proxy("--first-token", "prefill").url
-    asked = prompts("fails", 30)
-    got = await asyncio.gather(*(ask(http, early, p, temperature=1.7) for p in asked))
-    assert any(a.early for a in got)
-    assert await metric(http, early, "mooncake_proxy_retries_total") > 0
+    for turn in range(20):  # which side is first, and by how much, is the machine's choice
+        asked = prompts(f"fails {turn}", 30)
+        got = await asyncio.gather(*(ask(http, early, p, temperature=1.7) for p in asked))
+        if any(a.early for a in got) and await metric(http, early, "mooncake_proxy_retries_total"):
+            return
+    raise AssertionError("no load failed after its token was sent")
 
 
 async def test_it_is_earlier(cluster: Cluster, http: Http, early: str) -> None:
