@@ -22,6 +22,7 @@ class Send:
     id: TransferKey
     num_prompt_tokens: int
     scheduled: bool = False
+    cached: int = 0  # tokens of the prompt that were there when it was first scheduled
     moments: Moments = field(default_factory=dict)
 
 

@@ -63,6 +63,9 @@ class SchedulerSide:
         self._caching = bool(vllm_config.cache_config.enable_prefix_caching)
         self._group_ids = transfer_group_ids(kv_cache_config)
         self._groups: tuple[Group, ...] = groups_of(kv_cache_config)
+        # All groups take their blocks from one store.
+        per_block = min(group.block_size for group in self._groups)
+        self._kv_tokens = kv_cache_config.num_blocks // len(kv_cache_config.kv_cache_groups) * per_block
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._workers: list[tuple[Client, bytes]] = []
         self._poller = zmq.Poller()
@@ -244,7 +247,8 @@ class SchedulerSide:
         end = start + output.num_scheduled_tokens[request_id]
         own = tuple(list(blocks[i]) if blocks else [] for i in self._group_ids)
         meta.chunks.append(Chunk(request_id, *send.id, start, end, own, replace, hits_ready))
-        send.scheduled = True
+        if not send.scheduled:
+            send.scheduled, send.cached = True, start
         mark(send.moments, "scheduled")
 
     def _follow_receives(self, meta: StepMetadata, output: Any) -> None:
@@ -341,6 +345,7 @@ class SchedulerSide:
             "remote_num_tokens": send.num_prompt_tokens,
             "transfer_id": send.id[0],
             "timeline": send.moments,
+            "cached_tokens": send.cached,
         }
 
     def _receive_finished(self, request_id: str, receive: Receive) -> dict[str, Any] | None:
@@ -375,6 +380,7 @@ class SchedulerSide:
             "pp_size": first.pp_size,
             "block_size": first.layout.groups[0].block_size,
             "max_model_len": self._max_model_len,
+            "kv_tokens": self._kv_tokens,
             "layout": fingerprint([h.info for h in self._handshakes]),
             "model": first.model,
             "model_hash": first.model_hash,

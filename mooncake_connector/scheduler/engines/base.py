@@ -41,6 +41,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
         version: of mooncake_connector there.
         protocol: of the connector's messages.
         first_token: whether it can go on from a token that another engine sampled.
+        kv_tokens: tokens of KV that it can hold; 0 if it does not say.
     """
 
     engine_id: str
@@ -59,6 +60,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     pp_size: int = 1
     model_hash: str = ""
     first_token: bool = False
+    kv_tokens: int = 0
 
     @property
     def group(self) -> str:
