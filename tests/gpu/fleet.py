@@ -1,8 +1,10 @@
 """vLLM engines for the GPU tests: many small ones, several on each GPU, all started at once and shared."""
 
+import contextlib
 import importlib.util
 import os
 import re
+import socket
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,11 @@ from tests.gpu.models import MAX_TOKENS, deepseek, llama
 START_S = 300.0
 """Of a dozen engines at once on a machine that has just been started."""
 
+FIRST_PORT, PORTS = 4000, 50
+"""Each engine has so many ports of its own: below `free_port`'s range, and what the system hands out."""
+
 LOG_LINES = 15
+_TAKEN = re.compile("EADDRINUSE|address already in use", re.IGNORECASE)
 _ERROR = re.compile(r"\w+(Error|Exception): .{1,300}")
 MODELS = {"llama": llama, "mla": deepseek}
 
@@ -76,6 +82,23 @@ SHAPES = {
 }
 
 
+def own_ports(count: int) -> list[int]:
+    """The first port of each of `count` blocks of `PORTS`; nobody listens on the first two of a block.
+
+    vLLM finds a free port, lets it go, and has another process bind it much later. Engines that start side
+    by side find the same one. With VLLM_PORT each looks from its own port upwards.
+    """
+    found: list[int] = []
+    for first in range(FIRST_PORT, 10_000, PORTS):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in (first, first + 1):
+                stack.enter_context(socket.socket()).bind(("", port))
+            found.append(first)
+        if len(found) >= count:
+            return found
+    raise RuntimeError(f"no {count} blocks of ports are free between {FIRST_PORT} and 10000")
+
+
 def vllm_here() -> str:
     """Why no vLLM engine can be started in this environment; empty if one can."""
     if importlib.util.find_spec("vllm") is None:
@@ -97,6 +120,7 @@ class Fleet:
     _engines: dict[str, LocalEngine] = field(default_factory=dict)
     _proxies: dict[tuple[str, str], LocalProxy] = field(default_factory=dict)
     _failed: dict[str, str] = field(default_factory=dict)
+    _again: set[str] = field(default_factory=set)
     _starter: threading.Thread = field(default_factory=threading.Thread)
 
     @property
@@ -106,8 +130,8 @@ class Fleet:
     def start(self) -> None:
         """Begin to start all of them; returns at once."""
         models = {SHAPES[name].model for name in self.names}
-        for name in self.names:
-            self._engines[name] = self._made(name, self.folder / SHAPES[name].model)
+        for name, port in zip(self.names, own_ports(len(self.names)), strict=True):
+            self._engines[name] = self._made(name, self.folder / SHAPES[name].model, port)
 
         def begin() -> None:
             try:
@@ -121,7 +145,7 @@ class Fleet:
         self._starter = threading.Thread(target=begin, daemon=True)
         self._starter.start()
 
-    def _made(self, name: str, model: Path) -> LocalEngine:
+    def _made(self, name: str, model: Path, port: int) -> LocalEngine:
         shape = SHAPES[name]
         args = ["--dtype", shape.dtype, "--max-model-len", str(MAX_TOKENS), "--block-size", str(shape.block)]
         args += ["--kv-cache-memory-bytes", str(1 << 30), "--gpu-memory-utilization", "0.04"]
@@ -133,7 +157,12 @@ class Fleet:
             extra={"path": "cuda_ipc"},
             args=args,
             name=name.replace(" ", "-"),
-            env={**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ",".join(map(str, shape.gpus))},
+            port=port,
+            env={
+                **ENVIRONMENT,
+                "CUDA_VISIBLE_DEVICES": ",".join(map(str, shape.gpus)),
+                "VLLM_PORT": str(port + 1),
+            },
             logs=self._logs,
         )
 
@@ -148,7 +177,7 @@ class Fleet:
             raise AssertionError(f"engine {name!r} did not start: {self._failed[name]}")
         engine = self._engines[name]
         try:
-            engine.wait_ready(START_S)
+            self._wait_ready(name, engine)
         except EngineStartError as failed:
             lines = engine.log_text().splitlines()
             self._failed[name] = f"{str(failed).splitlines()[0]} (the first test that needed it says more)"
@@ -156,6 +185,18 @@ class Fleet:
             told = "\n".join([self._failed[name], "errors:", *errors, "the end:", *lines[-LOG_LINES:]])
             raise AssertionError(f"engine {name!r} did not start: {told}") from None
         return engine
+
+    def _wait_ready(self, name: str, engine: LocalEngine) -> None:
+        """Once more from the beginning if a stranger took one of its ports."""
+        try:
+            engine.wait_ready(START_S)
+        except EngineStartError:
+            if name in self._again or engine.alive() or not _TAKEN.search(engine.log_text()):
+                raise
+            self._again.add(name)
+            print(f"engine {name!r} found a port taken and is started once more")
+            engine.start()
+            engine.wait_ready(START_S)
 
     def proxy(self, prefill: str, decode: str) -> LocalProxy:
         """A proxy before two engines, ready."""
