@@ -18,6 +18,9 @@ PATHS = ("cuda_ipc", "process_vm", "rdma", "tcp")
 """Ways for the bytes, the preferred first."""
 
 
+CUDA_COPIES = ("auto", "kernel", "copy_engine", "patient")
+
+
 class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Settings of one transfer engine.
 
@@ -32,6 +35,9 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         rdma_qps: queue pairs per pair of NICs.
         cuda_sms: multiprocessors that cuda_ipc takes from the model while it copies scattered pages.
         cuda_copy: ``auto`` leaves long ranges to copy engines; ``kernel`` and ``copy_engine`` force one.
+            ``patient`` (an experiment, not measured yet) leaves to them all that is pushed while the model
+            still computes it, so that the kernel displaces none of the model's; a fence then waits for the
+            steps that were under way.
         topology: JSON file of preferred and secondary NICs per memory location; empty: by distance.
     """
 
@@ -52,8 +58,8 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             raise ConfigError(f"rdma_qps must be 1 to 16, got {self.rdma_qps}")
         if not 1 <= self.cuda_sms <= 64:
             raise ConfigError(f"cuda_sms must be 1 to 64, got {self.cuda_sms}")
-        if self.cuda_copy not in ("auto", "kernel", "copy_engine"):
-            raise ConfigError(f"cuda_copy={self.cuda_copy!r}: choose auto, kernel or copy_engine")
+        if self.cuda_copy not in CUDA_COPIES:
+            raise ConfigError(f"cuda_copy={self.cuda_copy!r}: choose one of {', '.join(CUDA_COPIES)}")
         unknown = [name for name in self.paths if name not in PATHS]
         if unknown or not self.paths or len(set(self.paths)) < len(self.paths):
             raise ConfigError(

@@ -95,7 +95,8 @@ class FakeGpu:
         length = np.diff(end, prepend=np.uint64(0))
         assert int(end[-1]) == total
         assert not int(np.bitwise_or.reduce(src | dst | length)) % width
-        for place in np.where(self._inside(src), dst, src):  # the other end is page-locked
+        both = self._inside(src) & self._inside(dst)
+        for place in np.where(self._inside(src), dst, src)[~both]:  # the other end is page-locked
             assert any(thing.holds(int(place)) for thing in self.alive if isinstance(thing, FakePinned))
         assert (self._inside(src) | self._inside(dst)).all()
         self._enqueue(dst, src, length, stream)
