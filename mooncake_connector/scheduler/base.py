@@ -175,4 +175,8 @@ class Waiting(msgspec.Struct, frozen=True, kw_only=True):
     until: float
 
 
-Verdict = Placement | Rejected | Waiting
+class Unserved(msgspec.Struct, frozen=True):
+    """No decode engine is up: nobody can serve it."""
+
+
+Verdict = Placement | Rejected | Waiting | Unserved
