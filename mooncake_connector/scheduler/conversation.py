@@ -1,4 +1,4 @@
-"""What ties requests together: turns of one conversation, and those that may share KV. Nothing here does I/O."""
+"""What ties requests together: turns of one conversation, and KV that they may share. No I/O here."""
 
 from collections.abc import Container
 from typing import Any
@@ -14,8 +14,8 @@ _messages = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
 def conversation_key(request: ClientRequest) -> str:
     """Equal for the turns of one conversation, empty if that can't be told.
 
-    The client's ``session_id`` (vLLM's field) if there is one, else what a chat began with: all up to the first
-    user message. Two conversations that began alike share a key.
+    The client's ``session_id`` (vLLM's field) if there is one, else what a chat began with: all up to the
+    first user message. Two conversations that began alike share a key.
     """
     session = request.get("session_id")
     if isinstance(session, str) and session:
@@ -38,7 +38,7 @@ def conversation_key(request: ClientRequest) -> str:
 def salt(request: ClientRequest, adapters: Container[Any] = ()) -> int:
     """What the keys of the prompt's blocks begin with: 0, unless its KV is not everybody's.
 
-    vLLM keeps KV apart by ``cache_salt`` and by LoRA adapter, and so does this: equal for equal pairs of both.
+    vLLM keeps KV apart by ``cache_salt`` and by LoRA adapter, and so does this: equal for equal pairs.
 
     Args:
         adapters: names that clients may give as ``model`` to get a LoRA adapter.

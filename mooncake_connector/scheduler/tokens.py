@@ -14,11 +14,18 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from mooncake_connector.scheduler.chat import ChatTemplate
 from mooncake_connector.scheduler.openai import CHAT, ClientRequest
+from mooncake_connector.scheduler.segments import Segments
 
 log = logging.getLogger(__name__)
 
+# vLLM renders chats of these without their template, if they have one.
+_OTHER_RENDERERS = ("DeepseekV32", "DeepseekV4", "GptOss", "Inkling", "KimiK3", "MoonshotKimia")
+_LIST_SLICE = 1 << 16
+
 _ids = msgspec.json.Decoder(list[int])
+_batch = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -33,26 +40,93 @@ class Prompt(msgspec.Struct, frozen=True):
     exact: bool = True
 
 
+class Tokenizer:
+    """What vLLM does with a prompt before its engine gets it.
+
+    Args:
+        path: the model's folder.
+        chat_template: in place of its own, as vLLM's ``--chat-template`` (the template, not a file's name).
+        cache_bytes: for texts tokenised before.
+
+    Raises:
+        ImportError: transformers is not installed.
+        Exception: whatever transformers raises for a folder without a tokenizer.
+    """
+
+    def __init__(self, path: str, chat_template: str | None = None, cache_bytes: int = 64 << 20) -> None:
+        from transformers import AutoTokenizer
+
+        folder = Path(path)
+        if (folder / "tekken.json").exists() or any(folder.glob("tokenizer.model.v*")):
+            raise ValueError("vLLM has Mistral's own tokenizer for it")
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, truncation_side="left")
+        if not tokenizer.is_fast:
+            raise ValueError("it is a slow one")
+        self._segments = Segments(tokenizer.backend_tokenizer, cache_bytes)
+        self._chat: ChatTemplate | None = None
+        if not _renders_otherwise(folder):
+            self._chat = ChatTemplate(tokenizer, chat_template, _processor_template(folder))
+
+    def prompt(self, request: ClientRequest) -> Prompt | None:
+        """The prompt's token ids, None if they can't be told or vLLM would refuse the request."""
+        try:
+            if any(request.get(name) is not None for name in ("truncate_prompt_tokens", "prompt_embeds")):
+                return None
+            return self._of_chat(request) if request.path == CHAT else self._of_completion(request)
+        except Exception as error:
+            # Templates may raise anything for messages that they don't like.
+            log.debug("a prompt's tokens can't be told: %s: %s", type(error).__name__, error)
+            return None
+
+    def _of_chat(self, request: ClientRequest) -> Prompt | None:
+        if self._chat is None:
+            return None
+        special = request.get("add_special_tokens") is True
+        text, whole = self._chat.render(request)
+        if whole:
+            return Prompt(self._segments.encode(text, special))
+        text = self._segments.before_last_cut(text)
+        return Prompt(self._segments.encode(text, special, ends=False), False) if text else None
+
+    def _of_completion(self, request: ClientRequest) -> Prompt:
+        raw, exact = _first_prompt(request.fields["prompt"])
+        if bytes(raw).startswith(b"["):
+            return Prompt(_array(_ids.decode(raw)), exact)
+        text = msgspec.json.decode(raw, type=str)
+        return Prompt(self._segments.encode(text, request.get("add_special_tokens") is not False), exact)
+
+
 class Tokens:
     """Token ids of clients' prompts.
 
     Args:
         path: folder of the tokenizer (a model's folder); empty: the first one offered that is readable here.
+        chat_template: in place of its own, as vLLM's ``--chat-template`` (the template, not a file's name).
         threads: how many prompts are tokenised at once.
         waiting: prompts under way at most; more of them are not told.
         inline_bytes: request bodies shorter than this are tokenised on the spot: a thread would cost more.
+        cache_bytes: for texts tokenised before.
     """
 
     def __init__(
-        self, path: str = "", *, threads: int = 2, waiting: int = 64, inline_bytes: int = 2048
+        self,
+        path: str = "",
+        *,
+        chat_template: str | None = None,
+        threads: int = 2,
+        waiting: int = 64,
+        inline_bytes: int = 2048,
+        cache_bytes: int = 64 << 20,
     ) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokens")
+        self._path = path
+        self._chat_template = chat_template
         self._waiting = waiting
         self._inline_bytes = inline_bytes
+        self._cache_bytes = cache_bytes
         self._under_way = 0
-        self._path = path
-        self._tokenizer: Any = None
-        self._loading: asyncio.Future[Any] | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._loading: asyncio.Future[None] | None = None
 
     def offer(self, path: str) -> None:
         """An engine's own model: its tokenizer is taken if none was named and it is readable here.
@@ -70,33 +144,65 @@ class Tokens:
         return self._tokenizer is not None
 
     async def ids(self, request: ClientRequest) -> Prompt | None:
-        """The prompt's token ids; None if they can't be told: no tokenizer (yet), too busy, beyond its grasp."""
+        """The prompt's token ids; None if they can't be told: no tokenizer (yet), too busy, beyond it."""
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            return None
         if len(request.raw) < self._inline_bytes:
-            return self._prompt(request)
+            return tokenizer.prompt(request)
         if self._under_way >= self._waiting:
             return None
         self._under_way += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, self._prompt, request)
-        finally:
-            self._under_way -= 1
+        future = asyncio.get_running_loop().run_in_executor(self._pool, tokenizer.prompt, request)
+        future.add_done_callback(self._done)
+        # A client that hangs up does not end the work of the thread: it counts until it does.
+        return await asyncio.shield(future)
 
     def close(self) -> None:
         """Let go of the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def _done(self, future: asyncio.Future[Prompt | None]) -> None:
+        self._under_way -= 1
+
     def _load(self, path: str) -> None:
         try:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            self._tokenizer = Tokenizer(path, self._chat_template, self._cache_bytes)
         except Exception as error:
-            log.warning("prompts are not tokenised: no tokenizer from %s: %s", path, error)
+            log.warning(
+                "prompts are not tokenised, their lengths are estimated and their prefixes not known: "
+                "no tokenizer from %s: %s",
+                path,
+                error,
+            )
 
-    def _prompt(self, request: ClientRequest) -> Prompt | None:
-        if request.path == CHAT or request.get("truncate_prompt_tokens") is not None:
-            return None
-        try:
-            return Prompt(np.array(_ids.decode(request.fields["prompt"]), np.uint32))
-        except (KeyError, msgspec.DecodeError, OverflowError):
-            return None
+
+def _first_prompt(raw: msgspec.Raw) -> tuple[msgspec.Raw, bool]:
+    """A completion's first prompt, a string or a list of ids, and whether there is no other."""
+    text = bytes(raw)
+    if not text.startswith(b"[") or text[1:64].lstrip()[:1] not in (b'"', b"["):
+        return raw, True
+    several = _batch.decode(raw)
+    return several[0], len(several) == 1
+
+
+def _array(ids: list[int]) -> npt.NDArray[np.uint32]:
+    # In slices: numpy holds the interpreter lock while it goes through a list.
+    found = np.empty(len(ids), np.uint32)
+    for start in range(0, len(ids), _LIST_SLICE):
+        found[start : start + _LIST_SLICE] = ids[start : start + _LIST_SLICE]
+    return found
+
+
+def _renders_otherwise(folder: Path) -> bool:
+    names: Any = _json(folder / "config.json").get("architectures") or []
+    return any(name.startswith(_OTHER_RENDERERS) for name in names)
+
+
+def _processor_template(folder: Path) -> str | None:
+    found = _json(folder / "chat_template.json").get("chat_template")
+    return found if isinstance(found, str) else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) if path.is_file() else {}
