@@ -68,15 +68,12 @@ class Tokenizer:
             self._chat = ChatTemplate(tokenizer, chat_template, _processor_template(folder))
 
     def prompt(self, request: ClientRequest) -> Prompt | None:
-        """The prompt's token ids, None if they can't be told or vLLM would refuse the request."""
-        try:
-            if any(request.get(name) is not None for name in ("truncate_prompt_tokens", "prompt_embeds")):
-                return None
-            return self._of_chat(request) if request.path == CHAT else self._of_completion(request)
-        except Exception as error:
-            # Templates may raise anything for messages that they don't like.
-            log.debug("a prompt's tokens can't be told: %s: %s", type(error).__name__, error)
-            return None
+        """The prompt's token ids.
+
+        Raises:
+            Exception: they can't be told, or vLLM would refuse the request; templates may raise anything.
+        """
+        return self._of_chat(request) if request.path == CHAT else self._of_completion(request)
 
     def _of_chat(self, request: ClientRequest) -> Prompt | None:
         if self._chat is None:
@@ -90,8 +87,6 @@ class Tokenizer:
 
     def _of_completion(self, request: ClientRequest) -> Prompt:
         raw, exact = _first_prompt(request.fields["prompt"])
-        if bytes(raw).startswith(b"["):
-            return Prompt(_array(_ids.decode(raw)), exact)
         text = msgspec.json.decode(raw, type=str)
         return Prompt(self._segments.encode(text, request.get("add_special_tokens") is not False), exact)
 
@@ -144,16 +139,16 @@ class Tokens:
         return self._tokenizer is not None
 
     async def ids(self, request: ClientRequest) -> Prompt | None:
-        """The prompt's token ids; None if they can't be told: no tokenizer (yet), too busy, beyond it."""
-        tokenizer = self._tokenizer
-        if tokenizer is None:
-            return None
+        """The prompt's token ids, for which a prompt that came as ids needs no tokenizer.
+
+        None if they can't be told: there is no tokenizer (yet), too much to do, or a strange request.
+        """
         if len(request.raw) < self._inline_bytes:
-            return tokenizer.prompt(request)
+            return self._prompt(request)
         if self._under_way >= self._waiting:
             return None
         self._under_way += 1
-        future = asyncio.get_running_loop().run_in_executor(self._pool, tokenizer.prompt, request)
+        future = asyncio.get_running_loop().run_in_executor(self._pool, self._prompt, request)
         future.add_done_callback(self._done)
         # A client that hangs up does not end the work of the thread: it counts until it does.
         return await asyncio.shield(future)
@@ -165,6 +160,16 @@ class Tokens:
     def _done(self, future: asyncio.Future[Prompt | None]) -> None:
         self._under_way -= 1
 
+    def _prompt(self, request: ClientRequest) -> Prompt | None:
+        try:
+            if any(request.get(name) is not None for name in ("truncate_prompt_tokens", "prompt_embeds")):
+                return None
+            given = _given(request)
+            return given or (self._tokenizer.prompt(request) if self._tokenizer else None)
+        except Exception as error:
+            log.debug("a prompt's tokens can't be told: %s: %s", type(error).__name__, error)
+            return None
+
     def _load(self, path: str) -> None:
         try:
             self._tokenizer = Tokenizer(path, self._chat_template, self._cache_bytes)
@@ -175,6 +180,14 @@ class Tokens:
                 path,
                 error,
             )
+
+
+def _given(request: ClientRequest) -> Prompt | None:
+    """The prompt, if it came as token ids."""
+    if request.path == CHAT:
+        return None
+    raw, exact = _first_prompt(request.fields["prompt"])
+    return Prompt(_array(_ids.decode(raw)), exact) if bytes(raw).startswith(b"[") else None
 
 
 def _first_prompt(raw: msgspec.Raw) -> tuple[msgspec.Raw, bool]:

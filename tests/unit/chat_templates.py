@@ -30,7 +30,8 @@ PARTS = """\
 {%- for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}
 {%- if message['content'] is string %}{{ message['content'] | trim }}
 {%- else %}{% for part in message['content'] %}
-{%- if part['type'] == 'image' %}{{ '<tool_call>' }}{% elif 'text' in part %}{{ part['text'] | trim }}{% endif %}
+{%- if part['type'] == 'image' %}{{ '<tool_call>' }}
+{%- elif 'text' in part %}{{ part['text'] | trim }}{% endif %}
 {%- endfor %}{% endif %}{{ '<|im_end|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 

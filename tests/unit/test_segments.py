@@ -1,4 +1,4 @@
-"""Texts tokenised in remembered pieces have the very tokens of texts tokenised whole, whatever the tokenizer."""
+"""Texts tokenised in remembered pieces have the tokens of texts tokenised whole, whatever the tokenizer."""
 
 import functools
 

@@ -63,7 +63,7 @@ def word_piece() -> Tokenizer:
 
 
 def greedy_marks() -> Tokenizer:
-    """Added tokens that swallow white space on either side, and one that is looked for after normalization."""
+    """Added tokens that swallow white space on either side, and one looked for after normalization."""
     found = byte_level()
     found.add_special_tokens([AddedToken("<left>", lstrip=True, normalized=False)])
     found.add_special_tokens([AddedToken("<right>", rstrip=True, normalized=False)])

@@ -1,0 +1,215 @@
+"""Prompts' token ids in the proxy: what is told and what is not, conversations, and salts."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mooncake_connector.scheduler.conversation import conversation_key, salt
+from mooncake_connector.scheduler.openai import CHAT, COMPLETIONS, ClientRequest
+from mooncake_connector.scheduler.tokens import Prompt, Tokens
+from tests.unit.chat_templates import TEMPLATES
+from tests.unit.tiny_tokenizers import make
+
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+
+
+def completion(prompt: Any, **fields: Any) -> ClientRequest:
+    return ClientRequest.parse(COMPLETIONS, json.dumps({"prompt": prompt, **fields}).encode())
+
+
+def chat(*messages: dict[str, Any] | str, **fields: Any) -> ClientRequest:
+    listed = [{"role": "user", "content": m} if isinstance(m, str) else m for m in messages]
+    return ClientRequest.parse(CHAT, json.dumps({"messages": listed, **fields}).encode())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model's folder without the model, by the chat template's name."""
+    from transformers import PreTrainedTokenizerFast
+
+    found = {name: tmp_path_factory.mktemp(name) for name in TEMPLATES}
+    for name, folder in found.items():
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=make("byte_level"), bos_token="<s>", eos_token="</s>"
+        )
+        tokenizer.chat_template = TEMPLATES[name]
+        tokenizer.save_pretrained(folder)
+    return found
+
+
+@pytest.fixture
+async def tokens(folders: dict[str, Path]):
+    found = Tokens(str(folders["parts"]))
+    found.offer("the model as the engine names it")
+    assert await found.loaded()
+    yield found
+    found.close()
+
+
+def whole(text: str, special: bool = True) -> list[int]:
+    return list(make("byte_level").encode(text, add_special_tokens=special).ids)
+
+
+def listed(prompt: Prompt | None) -> tuple[list[int], bool]:
+    assert prompt is not None
+    return prompt.ids.tolist(), prompt.exact
+
+
+async def test_completions(tokens: Tokens):
+    long = "the quick <|im_end|> fox 🙂 " * 200
+    for text in ("", " hello", long):
+        assert listed(await tokens.ids(completion(text))) == (whole(text), True)
+    assert listed(await tokens.ids(completion(long, add_special_tokens=False))) == (whole(long, False), True)
+    assert listed(await tokens.ids(completion(["one", "two"]))) == (whole("one"), False)
+    assert listed(await tokens.ids(completion(["one"]))) == (whole("one"), True)
+
+
+async def test_token_ids_need_no_tokenizer():
+    tokens = Tokens()
+    many = list(range(200_000))
+    assert listed(await tokens.ids(completion([5, 6, 7]))) == ([5, 6, 7], True)
+    assert listed(await tokens.ids(completion([[5, 6], [7]]))) == ([5, 6], False)
+    assert listed(await tokens.ids(completion(many))) == (many, True)
+    assert await tokens.ids(completion("text")) is None
+    assert await tokens.ids(chat("text")) is None
+    tokens.close()
+
+
+async def test_a_chat(tokens: Tokens):
+    said = await tokens.ids(chat({"role": "system", "content": " be nice"}, " hello ", "again" * 500))
+    expected = "<s><|im_start|>system\nbe nice<|im_end|><|im_start|>user\nhello<|im_end|>"
+    expected += "<|im_start|>user\n" + "again" * 500 + "<|im_end|><|im_start|>assistant\n"
+    assert listed(said) == (whole(expected, False), True)
+
+
+async def test_pictures_end_what_is_known(tokens: Tokens):
+    parts = [{"type": "text", "text": "look"}, PICTURE]
+    said = await tokens.ids(chat("first", {"role": "user", "content": parts}, "and more"))
+    assert listed(said) == (whole("<s><|im_start|>user\nfirst<|im_end|>", False), False)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        completion("a" * 9, truncate_prompt_tokens=3),
+        completion("a", prompt_embeds="AAAA"),
+        completion({"no": "prompt"}),
+        completion([1, -1]),
+        completion([2**40]),
+        completion([]),
+        ClientRequest.parse(COMPLETIONS, b"{}"),
+        ClientRequest.parse(CHAT, b'{"messages": 5}'),
+        ClientRequest.parse(CHAT, b'{"messages": [5]}'),
+        chat("a", chat_template="{{ messages }}"),
+        chat("a", chat_template_kwargs={"tokenize": True}),
+        chat("a", tools=[{"no": "function"}]),
+        chat({"role": "user", "content": [{"type": "no such"}]}),
+        chat({"content": "of nobody"}),
+        chat(continue_final_message=True),
+    ],
+)
+async def test_what_is_not_told(tokens: Tokens, request_: ClientRequest):
+    found = await tokens.ids(request_)
+    assert found is None or (request_.path, found.ids.size) == (COMPLETIONS, 0)
+
+
+async def test_the_template_may_refuse(folders: dict[str, Path]):
+    tokens = Tokens(str(folders["plain"]))
+    tokens.offer("")
+    assert await tokens.loaded()
+    assert await tokens.ids(chat("a")) is not None
+    assert await tokens.ids(chat({"role": "tool", "content": "a"})) is None
+    assert await tokens.ids(chat({"role": "user", "content": [PICTURE]})) is None  # nothing to cut it at
+    tokens.close()
+
+
+async def test_the_first_readable_offer_is_taken(folders: dict[str, Path], caplog: pytest.LogCaptureFixture):
+    tokens = Tokens()
+    tokens.offer("an-organisation/a-model")
+    assert not await tokens.loaded()
+    tokens.offer(str(folders["macro"]))
+    assert await tokens.loaded()
+    assert not caplog.records
+    tokens.close()
+
+
+async def test_a_folder_without_a_tokenizer_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    tokens = Tokens(str(tmp_path))
+    for _ in range(3):
+        tokens.offer("anything")
+        assert not await tokens.loaded()
+    (record,) = [record for record in caplog.records if record.name.startswith("mooncake")]
+    assert str(tmp_path) in record.message
+    tokens.close()
+
+
+async def test_chats_that_vllm_renders_without_the_template(folders: dict[str, Path], tmp_path: Path):
+    for file in folders["plain"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text('{"architectures": ["GptOssForCausalLM"], "model_type": "llama"}')
+    tokens = Tokens(str(tmp_path))
+    tokens.offer("")
+    assert await tokens.loaded()
+    assert await tokens.ids(chat("a")) is None
+    assert await tokens.ids(completion("a")) is not None
+    tokens.close()
+
+
+async def test_too_many_at_once_are_not_told(tokens: Tokens, monkeypatch: pytest.MonkeyPatch):
+    gate = threading.Event()
+    prompt = tokens._prompt
+    monkeypatch.setattr(tokens, "_prompt", lambda request: gate.wait(30) and prompt(request))
+    monkeypatch.setattr(tokens, "_waiting", 3)
+    request = completion("a" * 5000)
+    waiting = [asyncio.ensure_future(tokens.ids(request)) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert await tokens.ids(request) is None
+    waiting[0].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting[0]
+    assert await tokens.ids(request) is None  # its thread has not ended
+    gate.set()
+    assert [listed(await task) for task in waiting[1:]] == [(whole("a" * 5000), True)] * 2
+    assert await tokens.ids(request) is not None
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed():
+    heavy = "{'transformers', 'tokenizers', 'jinja2', 'torch'}"
+    code = f"import sys, mooncake_connector.scheduler.tokens; print({heavy} & {{*sys.modules}})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_turns_of_a_conversation_share_its_key():
+    system, first = {"role": "system", "content": "s"}, {"role": "user", "content": [PICTURE]}
+    answer = {"role": "assistant", "content": "a"}
+    key = conversation_key(chat(system, first))
+    assert key == conversation_key(chat(system, first, answer, "more", temperature=1)) != ""
+    others = [
+        chat(first),
+        chat(system, "other"),
+        chat(system, answer),
+        chat({**system, "content": "t"}, first),
+    ]
+    assert len({key, *map(conversation_key, others)}) == 5
+    assert conversation_key(completion("text")) == ""
+    assert conversation_key(ClientRequest.parse(CHAT, b'{"messages": 5}')) == ""
+    assert (
+        conversation_key(chat("a", session_id="x")) == conversation_key(completion("b", session_id="x")) != ""
+    )
+
+
+def test_only_what_vllm_keeps_apart_is_salted():
+    plain = completion("a", model="base")
+    salted = completion("a", model="base", cache_salt="mine")
+    assert salt(plain) == salt(plain, {"adapter"}) == 0
+    assert salt(salted) == salt(completion("b", model="other", cache_salt="mine"))
+    adapted = completion("a", model="adapter")
+    both = completion("a", model="adapter", cache_salt="mine")
+    assert len({0, salt(salted), salt(adapted, {"adapter"}), salt(both, {"adapter"})}) == 4
+    assert salt(adapted) == 0
