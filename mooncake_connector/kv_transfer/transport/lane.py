@@ -127,6 +127,14 @@ class Slot:
         """
         self._copied.synchronize()
 
+    def done(self) -> bool:
+        """Whether `wait` would not.
+
+        Raises:
+            TransportError: The GPU failed.
+        """
+        return bool(self._copied.query())
+
     def close(self) -> None:
         for thing in (self._copied, self._memory, self._table, self._launched):
             thing.close()

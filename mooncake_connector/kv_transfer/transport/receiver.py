@@ -344,7 +344,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Connections inherit it, and it must be known when they are made for TCP's window to scale to it.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+        wire.widen(listener, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
         listener.bind(address)
         listener.listen(128)
     except OSError:

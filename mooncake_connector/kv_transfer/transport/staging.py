@@ -31,6 +31,9 @@ LOAD_BYTES, LOADS = wire.MAX_FRAME_BYTES, 2
 UNLOAD_BYTES, UNLOADS = 2 << 20, 3
 """A receiver's buffers. Before a frame is answered its last copy is waited for, which wants small ones."""
 
+LOOK_MS = 1
+"""How often a receiver to whom nothing comes looks whether its copies are done."""
+
 
 class Staging:
     """Which memory of this process is a GPU's, and has to be staged. Thread-safe; idle without such memory.
@@ -206,8 +209,8 @@ class StagedInbox(Inbox):
             try:
                 got = receive(self._sock.fileno(), place, MSG_DONTWAIT)
             except BlockingIOError:
-                self._settle()  # a grant's fence must not wait for what the initiator sends next
-                self._readable.poll()
+                self._let_go()
+                self._readable.poll(LOOK_MS if self._under_way else None)
                 continue
             if not got:
                 raise EOFError("the peer closed the connection")
@@ -228,6 +231,11 @@ class StagedInbox(Inbox):
                 landed = nbytes
             finally:
                 grant.leave(landed)
+
+    def _let_go(self) -> None:
+        """Settle what has been copied: a grant's fence must not wait for what the initiator sends next."""
+        while self._under_way and self._under_way[0][0].done():
+            self._settle(len(self._under_way) - 1)
 
     def _settle_all(self) -> None:
         while self._under_way:

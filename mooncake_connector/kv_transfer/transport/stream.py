@@ -377,7 +377,7 @@ class Stream:
             if self._down is not None:
                 raise TransportError(self._down)
         wire.tune(sock)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        wire.widen(sock, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         welcome = wire.greet(sock, self._hello, self._proof)
         sock.settimeout(None)
         with self._changed:

@@ -20,6 +20,7 @@ Integers are little endian.
 
 import socket
 import struct
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
@@ -166,6 +167,21 @@ def tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_S * 1000)
+
+
+def widen(sock: socket.socket, option: int, nbytes: int) -> None:
+    """Set a socket's buffer (SO_SNDBUF, SO_RCVBUF), unless the system allows less than that.
+
+    Linux cuts what is asked for down to net.core.[rw]mem_max, and from then on the buffer does not grow. By
+    itself it grows to net.ipv4.tcp_[rw]mem, which on a machine as it comes is a multiple of that.
+    """
+    name = "wmem_max" if option == socket.SO_SNDBUF else "rmem_max"
+    try:
+        allowed = int(Path("/proc/sys/net/core", name).read_text())
+    except (OSError, ValueError):
+        allowed = 0
+    if 0 < nbytes <= allowed:
+        sock.setsockopt(socket.SOL_SOCKET, option, nbytes)
 
 
 def hang_up(sock: socket.socket) -> None:
