@@ -1,6 +1,7 @@
 """How quickly pages get from one GPU's memory into another's: cuda_ipc, the peers, and the limits.
 
     python benchmarks/gpu.py [--json FILE] [--quick] [--only SUBJECT ...]
+    python benchmarks/gpu.py --only tcp tcp-host socket pinned_copy --sweep     # tcp with other settings
     python benchmarks/gpu.py --host        # the same code with host memory, where there is no GPU
 
 Each subject has a pair of processes of its own (initiator on the first GPU, target on the second) and 60 s
@@ -9,9 +10,9 @@ One that can't run, or fails, is reported with the reason and stops nobody else.
 measured and how.
 
 Subjects: cuda_ipc as it chooses by itself, cuda_ipc/kernel and cuda_ipc/copy_engine forced to one way, nixl
-(UCX's own choice), mooncake-nvlink; tcp with GPU memory at both ends. Limits: peer_copy (one copy of it all
-by the driver, one process), pinned_copy (both ways at once), socket (two TCP connections from host memory, as
-tcp has). Peers move 256 MiB at a time, not 1 GiB, in pages of 4 KiB.
+(UCX's own choice), mooncake-nvlink; tcp with GPU memory at both ends, tcp-host with the host's. Limits:
+peer_copy (one copy of it all by the driver, one process), pinned_copy (both ways at once), socket (two TCP
+connections from host memory, as tcp has). Peers move 256 MiB at a time, not 1 GiB, in pages of 4 KiB.
 """
 
 import argparse
@@ -47,6 +48,7 @@ UNITS = {
     "bandwidth_by_sms": "GB/s",
     "layouts": "GB/s",
     "staged": "GB/s",
+    "staged_by_setting": "GB/s",
     "latency": "us",
     "cpu": "cores",
 }
@@ -63,8 +65,36 @@ PAGE = 32 * KIB
 SUBJECT_S = 60.0
 PREPARE_S = 75.0
 
-GPU_SUBJECTS = ("peer_copy", "cuda_ipc", "nixl", "mooncake-nvlink", "tcp", "pinned_copy", "socket")
+GPU_SUBJECTS = (
+    "peer_copy",
+    "cuda_ipc",
+    "nixl",
+    "mooncake-nvlink",
+    "tcp",
+    "pinned_copy",
+    "socket",
+    "tcp-host",
+)
+ON_HOST = ("socket", "tcp-host")
+"""Have host memory also where there are GPUs."""
 HOST_SUBJECTS = ("memcpy", "process_vm", "nixl-host", "mooncake-tcp", "tcp", "socket")
+SWEEP: tuple[dict[str, int], ...] = (
+    {},
+    *({"connections": n} for n in (1, 3, 4, 6, 8)),
+    *({"SEND_BUFFER_BYTES": n, "RECEIVE_BUFFER_BYTES": n} for n in (0, 212992)),
+    *({"UNLOAD_BYTES": n * KIB} for n in (512, 1024, 4096, 8192)),
+    {"UNLOADS": 2},
+    {"UNLOADS": 5},
+    *({"LOAD_BYTES": n * MIB} for n in (1, 2, 4)),
+    {"LOADS": 3},
+    *({"KERNEL_BLOCKS": n} for n in (1, 2, 8, 16)),
+    {"KERNEL_RANGES": 1 << 20},
+    {"connections": 4, "UNLOAD_BYTES": MIB},
+    {"connections": 4, "LOAD_BYTES": 2 * MIB},
+)
+"""Of tcp with GPU memory. Those in capitals are constants of its code. Sockets' buffers: 0 leaves them to the
+system, 212992 is what Linux allows as it comes. With so many KERNEL_RANGES all go by copy engines."""
+SWEEP_BYTES = 512 * MIB
 PEERS = ("nixl", "mooncake-nvlink", "nixl-host", "mooncake-tcp")
 
 
@@ -107,9 +137,23 @@ def schedule(host: bool, quick: bool, nbytes: int) -> list[Task]:
         tasks += turn
     limits = ["socket"] if host else ["socket", "pinned_copy"]
     tasks += [whole(subject, "staged", PAGE) for subject in limits]
-    for page in (PAGE, MIB):
-        tasks.append(Task("tcp", "tcp", "staged", {"page_bytes": page}, page, nbytes))
+    for subject in ("tcp",) if host else ("tcp", "tcp-host"):
+        for page in (PAGE, MIB):
+            tasks.append(Task(subject, subject, "staged", {"page_bytes": page}, page, nbytes))
     return tasks
+
+
+def sweep(nbytes: int) -> list[Task]:
+    """tcp with other settings, in pages of 32 KiB."""
+    nbytes = min(nbytes, SWEEP_BYTES)
+    return [
+        Task("tcp", _label(settings), "staged_by_setting", {"page_bytes": PAGE}, PAGE, nbytes, dict(settings))
+        for settings in SWEEP
+    ]
+
+
+def _label(settings: Mapping[str, int]) -> str:
+    return "tcp" + "".join(f" {name}={value}" for name, value in settings.items())
 
 
 def environment(subject: str, libraries: Path) -> dict[str, str]:
@@ -274,6 +318,9 @@ def main() -> None:
     )
     report.add_arguments(parser)
     parser.add_argument("--quick", action="store_true", help="256 MiB and a few cases: does it run at all")
+    parser.add_argument(
+        "--sweep", action="store_true", help="also tcp with other settings, one after another"
+    )
     parser.add_argument("--host", action="store_true", help="with host memory, without a GPU")
     parser.add_argument("--gpus", type=int, nargs=2, default=(0, 1), metavar=("FROM", "TO"))
     parser.add_argument("--mib", type=int, help="memory on each side; 1024, with --quick or --host 256")
@@ -288,7 +335,7 @@ def main() -> None:
     nbytes = (options.mib or (256 if options.quick or options.host else 1024)) * MIB
     tasks = [
         task
-        for task in schedule(options.host, options.quick, nbytes)
+        for task in schedule(options.host, options.quick, nbytes) + (sweep(nbytes) if options.sweep else [])
         if not options.only or task.subject in options.only
     ]
     known, others = ({}, {}) if options.host else facts(tuple(options.gpus))
@@ -299,7 +346,7 @@ def main() -> None:
 
     def start(subject: str) -> Measuring:
         python = PEERS_PYTHON if options.host and subject in PEERS else Path(sys.executable)
-        kind = "host" if options.host or subject == "socket" else "cuda"
+        kind = "host" if options.host or subject in ON_HOST else "cuda"
         arguments = ["--kind", kind, "--nbytes", str(nbytes)]
         arguments += ["--devices", *map(str, options.gpus)]
         command = [str(python), str(Path(__file__).with_name("gpu_pair.py")), subject, *arguments]

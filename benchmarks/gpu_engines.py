@@ -110,6 +110,8 @@ class Spec:
         graphs: decode with CUDA graphs instead of eagerly.
         kv_gib: size of its KV cache, all GPUs of it together.
         extra: the connector's own settings.
+        switched: they can be switched while it runs (see gpu_switch).
+        prefix_cache: it keeps what it computed for other requests.
     """
 
     name: str
@@ -119,6 +121,8 @@ class Spec:
     graphs: bool = False
     kv_gib: float = 8.0
     extra: Mapping[str, Any] = field(default_factory=dict)
+    switched: bool = False
+    prefix_cache: bool = False
 
 
 class PeerProxy(LocalProcess):
@@ -171,9 +175,13 @@ class Lab:
             "--max-model-len",
             str(scale.max_model_len),
         ]
-        args += ["--max-num-seqs", "128", "--no-enable-prefix-caching", "--disable-uvicorn-access-log"]
-        args += ["--worker-extension-cls", "benchmarks.gpu_weights.Imported"]
+        args += ["--max-num-seqs", "128", "--disable-uvicorn-access-log"]
+        args.append("--enable-prefix-caching" if spec.prefix_cache else "--no-enable-prefix-caching")
+        extension = "benchmarks.gpu_switched.Switched" if spec.switched else "benchmarks.gpu_weights.Imported"
+        args += ["--worker-extension-cls", extension]
         env = {"PYTHONPATH": python_path()}
+        if spec.switched:
+            env["VLLM_SERVER_DEV_MODE"] = "1"
         if self.device == "cuda":
             # With a KV cache of given size nothing is profiled: engines that share a GPU can start together.
             args += ["--kv-cache-memory-bytes", str(int(spec.kv_gib * 2**30) // len(spec.gpus))]

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from gpu_memory import CudaMemory, HostMemory, Move, scattered
-from gpu_subjects import ALONE, PAIRS, Memory, Start
+from gpu_subjects import ALONE, PAIRS, Memory, Start, tune
 
 PREPARE_S = 90.0
 ANSWER_S = 30.0
@@ -132,6 +132,7 @@ def far_end(subject: str, kind: str, device: int, nbytes: int, pipe: Connection)
     """The target's process."""
     memory: Any = None
     side: Any = None
+    tuned = False
     while True:
         try:
             question = pipe.recv()
@@ -143,7 +144,10 @@ def far_end(subject: str, kind: str, device: int, nbytes: int, pipe: Connection)
             match question:
                 case ("prepare",):
                     memory, side = memory_of_kind(kind, nbytes, device), PAIRS[subject]()
-                case ("offer",):
+                case ("offer", settings):
+                    if any(name.isupper() for name in settings) or tuned:
+                        tune(settings)
+                        side, tuned = PAIRS[subject](), True
                     answer = side.offer(memory)
                 case ("poison",):
                     memory.poison()
@@ -171,7 +175,8 @@ class Pair:
     def start(self, task: Task, move: Move) -> Start:
         if self._settings != task.settings:
             self._settings = None
-            self._side.connect(self._memory, self._far.ask("offer"), task.settings)
+            tune(task.settings)
+            self._side.connect(self._memory, self._far.ask("offer", task.settings), task.settings)
             self._settings = task.settings
         return self._side.prepare(move)
 

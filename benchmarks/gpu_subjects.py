@@ -32,7 +32,10 @@ class Subject(Protocol):
         """In the target: what the initiator needs to write into its memory, another one each time."""
 
     def connect(self, memory: Memory, offer: Any, settings: dict[str, Any]) -> None:
-        """In the initiator: be ready to write from its memory; what was connected before is given up."""
+        """In the initiator: be ready to write from its memory; what was connected before is given up.
+
+        Settings in capitals are constants of the project's transports, and set by `tune` before.
+        """
 
     def prepare(self, move: Move) -> Start:
         """In the initiator: do all that can be done before the first such transfer."""
@@ -74,7 +77,30 @@ class Ours:
         from mooncake_connector.config import TransferConfig
         from mooncake_connector.kv_transfer.engine import TransferEngine
 
-        return TransferEngine(TransferConfig(path=self._path, **settings))
+        own = {name: value for name, value in settings.items() if not name.isupper()}
+        return TransferEngine(TransferConfig(path=self._path, **own))
+
+
+_TUNED: dict[tuple[Any, str], Any] = {}
+
+
+def tune(settings: dict[str, Any]) -> None:
+    """Give constants of the transports (names in capitals) other values, and all others their own again.
+
+    Raises:
+        ValueError: There is no such constant.
+    """
+    from mooncake_connector.kv_transfer.transport import lane, receiver, staging, stream
+
+    for (module, name), value in _TUNED.items():
+        setattr(module, name, value)
+    for name, value in settings.items():
+        places = [module for module in (lane, receiver, staging, stream) if hasattr(module, name)]
+        if name.isupper() and not places:
+            raise ValueError(f"no transport has a constant {name}")
+        for module in places:
+            _TUNED.setdefault((module, name), getattr(module, name))
+            setattr(module, name, value)
 
 
 def plan_of(move: Move, src_base: int, dst_base: int) -> Any:
@@ -345,6 +371,7 @@ class HostCopy:
 PAIRS: dict[str, Callable[[], Subject]] = {
     "cuda_ipc": partial(Ours, "cuda_ipc"),
     "tcp": partial(Ours, "tcp"),
+    "tcp-host": partial(Ours, "tcp"),
     "process_vm": partial(Ours, "process_vm"),
     "nixl": partial(Nixl, "VRAM"),
     "nixl-host": partial(Nixl, "DRAM"),

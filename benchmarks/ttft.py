@@ -31,7 +31,7 @@ import aiohttp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import serving, ttft_gpu
+from benchmarks import gpu_switch, serving, ttft_gpu
 from benchmarks.gpu_engines import PeerProxy, peers_path
 from benchmarks.report import Row, add_arguments, not_run, publish, row
 from mooncake_connector.demo.models import make, server_args
@@ -225,6 +225,12 @@ def main() -> int:
     gpu.add_argument("--seconds", type=float, default=15.0, help="how long each load arrives (15)")
     gpu.add_argument("--kv-gib", type=float, default=30.0, help="KV cache of engines under load")
     gpu.add_argument("--extra", type=json.loads, default={}, help="the connector's settings, JSON")
+    gpu.add_argument(
+        "--variants",
+        type=gpu_switch.parse,
+        default=[],
+        help="with --only prefill: settings to compare on one engine, a JSON list of objects (gpu_switch.py)",
+    )
     gpu.add_argument("--logs", type=Path, help="folder for the engines' logs")
     options = parser.parse_args()
     if options.gpu:

@@ -14,13 +14,18 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+
 from benchmarks import serving
 from benchmarks.gpu_engines import GRAPHS as GRAPHS_CONFIG
 from benchmarks.gpu_engines import Lab, Spec, gpus, peers_path, ready_all
+from benchmarks.gpu_switch import switch
 from benchmarks.report import not_run
 from benchmarks.saved import Saved
 from benchmarks.ttft_client import open_session
@@ -35,14 +40,13 @@ from benchmarks.ttft_measures import (
     Rows,
     added_ttft,
     breakdown,
-    decode_slowed,
     kv_matters,
     kv_moved,
-    prefill_slowed,
     steps,
     under_load,
     warm_up,
 )
+from benchmarks.ttft_slowed import decode_slowed, prefill_slowed
 from mooncake_connector.scheduler.actuator.local import (
     LocalEngine,
     PreloadedVllm,
@@ -122,8 +126,9 @@ class Run:
     def _eager(self, stack: contextlib.ExitStack) -> None:
         lab = self.lab
         single = lab.engine(Spec(SINGLE, (0,)))
-        prefill = lab.engine(Spec("prefill", (0,), "ours", "producer", extra=self.options.extra))
-        decode = lab.engine(Spec("decode", (1,), "ours", "consumer", extra=self.options.extra))
+        extra, switched = self.options.extra, bool(self.options.variants)
+        prefill = lab.engine(Spec("prefill", (0,), "ours", "producer", extra=extra, switched=switched))
+        decode = lab.engine(Spec("decode", (1,), "ours", "consumer", extra=extra))
         nixl = self._nixl(graphs=False) if "ttft" in self.only else []
         urls = self._start(stack, single, [prefill], [decode], nixl)
         if urls is None:
@@ -142,23 +147,41 @@ class Run:
             if "breakdown" in self.only:
                 await self.measuring("breakdown", 45, lambda: breakdown(bench))
             if "prefill" in self.only:
-                await self.measuring("prefill", 60, lambda: prefill_slowed(bench, prefill.url, decode.url))
+                variants = self.options.variants
+                limit = 60 + 30 * len(variants)
+                change = partial(self._switch, session, prefill.url) if variants else None
+                await self.measuring(
+                    "prefill",
+                    limit,
+                    lambda: prefill_slowed(bench, prefill.url, decode.url, variants, change),
+                )
+
+    async def _switch(self, session: aiohttp.ClientSession, url: str, settings: Mapping[str, Any]) -> None:
+        """Raises RuntimeError if there was nothing to switch."""
+        switched = await switch(session, url, settings)
+        if not switched["ends"] or not (switched["rails"] or self.lab.device == "cpu"):
+            raise RuntimeError(f"nothing was switched to {settings}: {switched}")
 
     def _graphs(self, stack: contextlib.ExitStack) -> None:
         lab = self.lab
         x, y = self.options.xpyd
         parts = serving.specs(x, y, kv_gib=self.options.kv_gib, extra=self.options.extra)
+        if alone := self.only == {"decode"}:
+            parts = parts[0], [replace(spec, prefix_cache=True) for spec in parts[1]], parts[2][:1]
         prefill, decode, coupled = ([lab.engine(spec) for spec in part] for part in parts)
-        if self.only == {"decode"}:
-            coupled = coupled[:1]
         nixl = self._nixl(graphs=True) if "concurrency" in self.only else []
         urls = self._start(stack, coupled[0], prefill, decode, nixl, coupled[1:])
         if urls is None:
             return
-        asyncio.run(self._measure_graphs(urls, decode, coupled))
+        asyncio.run(self._measure_graphs(urls, decode, coupled, joining=alone))
 
     async def _measure_graphs(
-        self, urls: dict[str, str], decode: Sequence[LocalEngine], coupled: Sequence[LocalEngine]
+        self,
+        urls: dict[str, str],
+        decode: Sequence[LocalEngine],
+        coupled: Sequence[LocalEngine],
+        *,
+        joining: bool,
     ) -> None:
         options, scale = self.options, self.lab.scale
         everywhere = urls | {engine.name: engine.url for engine in coupled[1:]}
@@ -174,7 +197,11 @@ class Run:
                 await self.measuring("concurrency", 90, lambda: under_load(bench, clients))
             if "decode" in self.only:
                 window = 1.0 if options.quick else 3.0
-                await self.measuring("decode", 60, lambda: decode_slowed(bench, decode[0].url, window=window))
+                await self.measuring(
+                    "decode",
+                    90,
+                    lambda: decode_slowed(bench, decode[0].url, window=window, joining=joining),
+                )
             if "serving" in self.only:
                 ours, theirs = serving.names(*options.xpyd)
                 systems = {ours: [urls[OURS]], theirs: [engine.url for engine in coupled]}

@@ -4,10 +4,8 @@ import asyncio
 import math
 import random
 import statistics
-import time
-import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -24,8 +22,6 @@ from benchmarks.ttft_client import (
     stream,
     whole,
 )
-from mooncake_connector.scheduler.engines.vllm import VllmEngine
-from mooncake_connector.scheduler.openai import COMPLETIONS, ClientRequest
 
 SINGLE = "single"
 PROXIED = "single_proxied"
@@ -135,7 +131,7 @@ async def added_ttft(bench: Bench) -> Rows:
                     if subject == SINGLE:
                         raise
                     order.remove(subject)
-                    yield [not_run("ttft", subject, "added_ttft", "ms", _said(error), case)]
+                    yield [not_run("ttft", subject, "added_ttft", "ms", said(error), case)]
             alone = answers[SINGLE][-1].tokens
             for subject in order:
                 mine = answers[subject][-1].tokens
@@ -223,7 +219,7 @@ async def under_load(bench: Bench, concurrencies: Sequence[int] = (1, 4, 16)) ->
             try:
                 answers = await closed_loop(bench.session, bench.urls[subject], requests, clients)
             except FAILURES as error:
-                yield [not_run("ttft", subject, "ttft", "ms", _said(error), case)]
+                yield [not_run("ttft", subject, "ttft", "ms", said(error), case)]
                 continue
             mine = [a.ttft for a in answers]
             rows = [row("ttft", subject, case, "ttft", [1e3 * s for s in mine], "ms")]
@@ -235,128 +231,7 @@ async def under_load(bench: Bench, concurrencies: Sequence[int] = (1, 4, 16)) ->
             yield rows
 
 
-async def prefill_slowed(bench: Bench, prefill: str, decode: str) -> Rows:
-    """How long the prefill engine itself takes, when nobody takes the KV and when decode does, in turns."""
-    driver = VllmEngine()
-    info = await driver.probe(bench.session, prefill)
-    for length in bench.scale.lengths:
-        rows = []
-        took: dict[str, list[float]] = {"plain": [], "streaming": []}
-        turns = bench.rounds if length == bench.scale.lengths[-1] else 2 * bench.rounds
-        for turn in range(2 * turns):
-            request = ClientRequest.parse(COMPLETIONS, body(bench.prompt(length), 1, stream=False))
-            kind = ("plain", "streaming")[turn % 2]
-            await asyncio.sleep(QUIET)
-            if kind == "plain":
-                took[kind].append(await _timed(bench.session, prefill, request.raw))
-                continue
-            transfer = uuid.uuid4().hex
-            first = asyncio.create_task(
-                _timed(bench.session, prefill, driver.prefill_body(request, transfer))
-            )
-            then = driver.decode_body(request, driver.decode_params(info, transfer))
-            second = asyncio.create_task(_timed(bench.session, decode, then))
-            took[kind].append(await first)
-            await second
-        for kind, seconds in took.items():
-            case = bench.case(prompt_tokens=length, kv=kind)
-            rows.append(row("ttft", OURS, case, "prefill", [1e3 * s for s in seconds], "ms"))
-        slower = 100 * (statistics.median(took["streaming"]) / statistics.median(took["plain"]) - 1)
-        case = bench.case(prompt_tokens=length)
-        rows.append(row("ttft", OURS, case, "prefill_slowdown", [slower], "%"))
-        yield rows
-
-
-async def _timed(session: aiohttp.ClientSession, url: str, request: bytes) -> float:
-    started = time.monotonic()
-    await whole(session, url, request)
-    return time.monotonic() - started
-
-
-async def decode_slowed(bench: Bench, decode: str, *, window: float, streams: int = 8) -> Rows:
-    """TBT of steady streams on the decode engine, in windows with and without KV being pushed into it.
-
-    The pushed prompts end with their first token, so that they add one step of one token each.
-    """
-    gaps: dict[str, list[float]] = {"quiet": [], "pushing": []}
-    per_window: dict[str, list[list[float]]] = {"quiet": [], "pushing": []}
-    now: list[tuple[float, float]] = []
-    last: dict[int, float] = {}
-
-    def on_chunk(of: int, at: float) -> None:
-        if of in last:
-            now.append((at, at - last[of]))
-        last[of] = at
-
-    room = bench.scale.max_model_len - bench.scale.lengths[0] - 1
-    steady = [
-        asyncio.create_task(
-            stream(
-                bench.session,
-                decode,
-                body(bench.prompt(bench.scale.lengths[0]), min(room, 20000)),
-                on_chunk=lambda at, of=of: on_chunk(of, at),
-            )
-        )
-        for of in range(streams)
-    ]
-    pushed = 0
-    try:
-        loop = asyncio.get_running_loop()
-        give_up = loop.time() + 60
-        while len(last) < streams:
-            if loop.time() > give_up or any(task.done() for task in steady):
-                raise RuntimeError(f"only {len(last)} of {streams} streams began")
-            await asyncio.sleep(0.05)
-        for turn in range(6):
-            kind = ("quiet", "pushing")[turn % 2]
-            await asyncio.sleep(0.5)
-            began = loop.time()
-            now.clear()
-            if kind == "pushing":
-                pushed += await _push_for(bench, window)
-            else:
-                await asyncio.sleep(window)
-            inside = [gap for at, gap in now if at - gap >= began]
-            gaps[kind] += inside
-            per_window[kind].append(inside)
-    finally:
-        for task in steady:
-            task.cancel()
-        await asyncio.gather(*steady, return_exceptions=True)
-    case = bench.case(streams=streams, pushed_prompts=pushed, prompt_tokens=bench.scale.middle)
-    figures: dict[str, Callable[[Sequence[float]], float]] = {
-        "mean": statistics.fmean,
-        "p50": lambda found: percentile(found, 50),
-        "p99": lambda found: percentile(found, 99),
-    }
-    for name, figure in figures.items():
-        value = {kind: figure(found) for kind, found in gaps.items()}
-        for kind, found in per_window.items():
-            samples = [1e3 * figure(one) for one in found]
-            yield [row("ttft", OURS, case | {"pushes": kind}, f"steady_tbt_{name}", samples, "ms")]
-        slower = 100 * (value["pushing"] / value["quiet"] - 1)
-        yield [row("ttft", OURS, case, f"decode_slowdown_{name}", [slower], "%")]
-
-
-async def _push_for(bench: Bench, seconds: float) -> int:
-    """Prompts through prefill, from two clients without pause; returns how many."""
-    requests = [body(bench.prompt(bench.scale.middle), 1) for _ in range(8)]
-    loop = asyncio.get_running_loop()
-    end = loop.time() + seconds
-    count = 0
-
-    async def client() -> None:
-        nonlocal count
-        while loop.time() < end:
-            count += 1
-            await stream(bench.session, bench.urls[OURS], requests[count % len(requests)])
-
-    await asyncio.gather(client(), client())
-    return count
-
-
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 

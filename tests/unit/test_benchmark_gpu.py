@@ -146,6 +146,19 @@ def test_everything_asked_for_is_in_the_schedule(host: bool, quick: bool) -> Non
         assert swept == {(page, sms) for page in gpu.SM_PAGES for sms in gpu.SMS}
 
 
+def test_a_sweep_changes_settings_of_tcp_alone() -> None:
+    tasks = gpu.sweep(1024 * MIB)
+    assert len({t.label for t in tasks}) == len(tasks) == len(gpu.SWEEP)
+    assert {(t.subject, t.metric) for t in tasks} == {("tcp", "staged_by_setting")}
+    assert tasks[0].settings == {}
+    try:
+        for task in tasks:
+            gpu_subjects.tune(task.settings)
+            gpu_subjects.Ours("tcp")._made(task.settings).close()
+    finally:
+        gpu_subjects.tune({})
+
+
 def test_only_mooncake_gets_its_environment(tmp_path: Path) -> None:
     assert gpu.environment("mooncake-nvlink", tmp_path)["MC_INTRANODE_NVLINK"] == "1"
     assert gpu.environment("mooncake-nvlink", tmp_path)["LD_LIBRARY_PATH"].startswith(str(tmp_path))
