@@ -39,8 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_proxy(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Each option can be given as MOONCAKE_PROXY_<NAME>, too; lists are comma-separated there."
+    parser.epilog = (
+        "Each option can be given as MOONCAKE_PROXY_<NAME>, too; lists are comma-separated there. "
+        "The command line beats the environment, the environment the file."
+    )
     add = parser.add_argument
+    add("--config", metavar="FILE", help="settings in YAML; docs/proxy.md has an example")
     add(
         "--prefill",
         metavar="URL",
@@ -59,6 +63,12 @@ def _add_proxy(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="prompts estimated shorter go to decode alone (0: none)",
     )
+    add("--routing", help="conductor (default), local_cache, least_loaded, round_robin or random")
+    add("--admission", help="per_request (default), predicted, early, baseline or none")
+    add("--slo-ttft", metavar="S", help="promised time to the first token (30, more on slow engines)")
+    add("--slo-tbt", metavar="S", help="promised time between two tokens (0.1, more on slow engines)")
+    add("--tokenizer", metavar="DIR", help="folder of the model's tokenizer (the engines' model)")
+    add("--tenant-header", metavar="NAME", help="request header that names the tenant (the API key does)")
     add("--max-retries", metavar="N", help="further attempts while nothing was streamed (2)")
     add("--max-body-mib", metavar="N", help="largest request body (64)")
     add("--check-seconds", metavar="S", help="pause between health checks (2)")

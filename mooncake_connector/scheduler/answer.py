@@ -7,9 +7,12 @@ import aiohttp
 import msgspec
 
 from mooncake_connector.errors import MooncakeError
+from mooncake_connector.scheduler.base import Rejected
 from mooncake_connector.scheduler.engines.base import told
 from mooncake_connector.scheduler.first_token import Early, Mismatch, Splice
-from mooncake_connector.scheduler.policy import Choice
+from mooncake_connector.scheduler.journey import Journey
+from mooncake_connector.scheduler.progress import StreamCount, read_whole
+from mooncake_connector.scheduler.rejection import explain
 from mooncake_connector.scheduler.timeline import Timeline
 
 BROKEN = (aiohttp.ClientError, OSError, TimeoutError)
@@ -25,6 +28,14 @@ class Reply(msgspec.Struct, frozen=True):
 
 class NoDecode(MooncakeError):
     """No decode engine is usable."""
+
+
+class Overloaded(MooncakeError):
+    """The conductor rejected it."""
+
+    def __init__(self, rejected: Rejected) -> None:
+        super().__init__(explain(rejected))
+        self.rejected = rejected
 
 
 class DecodeFailed(MooncakeError):
@@ -59,7 +70,7 @@ class Answer:
 
     def __init__(
         self,
-        choice: Choice,
+        journey: Journey,
         reply: aiohttp.ClientResponse,
         first: bytes,
         streamed: bool,
@@ -68,7 +79,8 @@ class Answer:
         reading: asyncio.Task[bytes] | None = None,
         early: Early | None = None,
     ) -> None:
-        self.choice = choice
+        self.journey = journey
+        self.choice = journey.placement
         self.transfer_id = ""
         self.status = reply.status
         self.headers = reply.headers
@@ -82,6 +94,7 @@ class Answer:
         self._timeline = timeline
         self._reading = reading
         self._second: Answer | None = None
+        self._count = StreamCount()
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """`first` and what follows it, as it comes.
@@ -91,6 +104,7 @@ class Answer:
         """
         yield self.first
         if self.early is None:
+            self._count.feed(self.first)
             async for chunk in self._read():
                 yield chunk
             return
@@ -103,6 +117,7 @@ class Answer:
             if splice.begun or self.again is None:
                 raise StreamBroken(str(error)) from None
             failure = error
+        self.journey.over(None)
         self._reply.close()  # whatever it goes on with, nobody wants it
         try:
             self._second = await self.again(str(failure))
@@ -116,22 +131,40 @@ class Answer:
             if self._reading:
                 first = await self._reading
                 self._timeline.mark("decode_first")
+                self._counted(first)
                 yield first
             async for chunk in self._reply.content.iter_any():
+                self._counted(chunk)
                 yield chunk
             self._timeline.mark("decode_end")
         except BROKEN as error:
             raise StreamBroken(f"decode {self.choice.decode} broke off: {told(error)}") from None
 
-    def close(self) -> None:
-        """Let go of the engine; an answer that isn't at its end is aborted there."""
+    def _counted(self, chunk: bytes) -> None:
+        self._count.feed(chunk)
+        self.journey.progressed(self._count.tokens)
+
+    def close(self, *, whole: bool = False) -> None:
+        """Let go of the engine; an answer that isn't at its end (`whole`) is aborted there."""
         self._release()
+        self._tell(whole and self.status == 200)
         if self._second:
-            self._second.close()
+            self._second.close(whole=whole)
         if self._reading:
             self._reading.cancel()
         if self.streamed and not self._reply.content.at_eof():
             self._reply.close()
+
+    def _tell(self, whole: bool) -> None:
+        if not whole or self._second:
+            self.journey.over(None)
+        elif self.streamed:
+            self.journey.over(self._count.tokens)
+        else:
+            said = read_whole(self.first)
+            if said.decoding is not None:
+                self.journey.first_token(said.decoding)
+            self.journey.over(said.tokens)
 
 
 async def _spliced(chunks: AsyncIterator[bytes], splice: Splice) -> AsyncIterator[bytes]:

@@ -1,6 +1,6 @@
 """What the policy sees of a request and of the pools, and what it answers. Nothing in here has a clock.
 
-Times are seconds of one clock of the caller's choice: the proxy gives its event loop's, the simulator its own.
+Times are seconds of one clock of the caller's choice: the proxy's event loop, or the simulator's own.
 Mooncake (FAST'25) section 4, Algorithm 1; arXiv 2407.00079v3 section 7 for early rejection.
 """
 
@@ -13,7 +13,7 @@ Side = Literal["prefill", "decode", "coupled"]
 Target = Literal["ttft", "tbt"]
 
 
-class Slo(msgspec.Struct, frozen=True, kw_only=True):
+class Slo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a request is promised.
 
     Attributes:

@@ -1,11 +1,10 @@
 """One request's life: the calls to prefill and decode, what is retried, and what is cancelled."""
 
 import asyncio
-import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,16 +16,22 @@ from mooncake_connector.scheduler.answer import (
     Answer,
     DecodeFailed,
     NoDecode,
+    Overloaded,
     PrefillFailed,
     Reply,
 )
+from mooncake_connector.scheduler.arrivals import Asked
+from mooncake_connector.scheduler.aside import LINGER, Aside
+from mooncake_connector.scheduler.base import Placement
+from mooncake_connector.scheduler.copies import Copies
 from mooncake_connector.scheduler.engines.base import Engine, told
 from mooncake_connector.scheduler.first_token import Early, EarlyReader, eligible
+from mooncake_connector.scheduler.journey import Journey
 from mooncake_connector.scheduler.metrics import ProxyMetrics
-from mooncake_connector.scheduler.openai import COMPLETIONS, ClientRequest
-from mooncake_connector.scheduler.policy import Choice, Demand, Policy
 from mooncake_connector.scheduler.pool import Instance, Pool
+from mooncake_connector.scheduler.progress import PrefillTimes
 from mooncake_connector.scheduler.sse import Events
+from mooncake_connector.scheduler.steering import Steering
 from mooncake_connector.scheduler.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -34,7 +39,6 @@ log = logging.getLogger(__name__)
 UNREACHABLE = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 EVENTS = "text/event-stream"
 REFUSAL_GRACE = 1.0
-LINGER = 5.0
 # The client's stream hangs on this one, and the engine that is asked may be in a long step.
 TOKEN_WAIT = 30.0
 RETRY_PAUSE = 0.1
@@ -44,6 +48,7 @@ class Dispatcher:
     """Serves requests from the pool.
 
     Args:
+        steering: who says which engines serve a request.
         order: ``concurrent`` or ``serial``.
         first_token: ``decode`` or ``prefill``: who sends a stream's first token.
         max_retries: further attempts after decode failed, and after prefill failed, each.
@@ -52,7 +57,7 @@ class Dispatcher:
     def __init__(
         self,
         pool: Pool,
-        policy: Policy,
+        steering: Steering,
         engine: Engine,
         session: aiohttp.ClientSession,
         metrics: ProxyMetrics,
@@ -62,41 +67,48 @@ class Dispatcher:
         max_retries: int,
     ) -> None:
         self._pool = pool
-        self._policy = policy
+        self._steering = steering
         self._engine = engine
         self._session = session
         self._metrics = metrics
         self._serial = order == "serial"
         self._early = first_token == "prefill"
         self._max_retries = max_retries
+        self._aside = Aside(engine, session)
+        self._copies = Copies(engine, session, self._aside, metrics, steering.copied)
         self._lingering: set[asyncio.Task[None]] = set()
         self._without_prefill = False
 
-    async def open(self, request: ClientRequest, headers: Mapping[str, str], timeline: Timeline) -> Answer:
+    async def open(self, asked: Asked, timeline: Timeline) -> Answer:
         """An answer whose first bytes are there; retries until then.
 
         Raises:
             NoDecode: nobody can serve it.
+            Overloaded: the conductor rejects it.
             DecodeFailed: everybody tried failed.
         """
-        alone = self._engine.alone(request)
+        alone = self._engine.alone(asked.request)
         avoid: set[str] = set()
         answered: set[str] = set()
         spent: set[str] = set()
         decode_failures = prefill_failures = 0
         failure: DecodeFailed | None = None
         while True:
-            demand = Demand(request.prompt_tokens, alone, frozenset(avoid))
-            choice = self._policy.choose(self._pool.snapshot(), demand)
-            if choice is None or choice.decode in spent:
-                raise failure or NoDecode(self._nobody())
+            try:
+                again = decode_failures + prefill_failures > 0
+                journey = await self._steering.place(asked.arrival, alone, avoid, again=again)
+            except NoDecode as error:
+                raise failure or error from None
+            choice = journey.placement
+            if choice.decode in spent and failure:
+                journey.over(None)
+                raise failure
             if choice.decode in answered and choice.prefill and not alone:
+                journey.over(None)
                 alone = "decode_failed"
                 continue
-            if choice.decode in avoid:
-                await asyncio.sleep(RETRY_PAUSE)
             try:
-                answer = await self._attempt(request, headers, choice, timeline)
+                answer = await self._attempt(asked, journey, timeline)
             except PrefillFailed as error:
                 log.warning("%s; trying without it", error)
                 self._metrics.retries.labels("prefill").inc()
@@ -124,7 +136,7 @@ class Dispatcher:
 
     async def finish(self, answer: Answer, *, whole: bool) -> None:
         """Close `answer`; unless it reached its end (`whole`), its prefill is cancelled too."""
-        answer.close()
+        answer.close(whole=whole)
         prefill = answer.prefill
         if prefill is None:
             return
@@ -136,56 +148,51 @@ class Dispatcher:
 
     async def close(self) -> None:
         """Cancel what still lingers."""
-        await asyncio.gather(*(_cancelled(task) for task in self._lingering))
+        await asyncio.gather(self._copies.close(), *(_cancelled(task) for task in self._lingering))
 
-    async def timeline(
-        self, answer: Answer, request: ClientRequest, headers: Mapping[str, str]
-    ) -> dict[str, Any]:
+    async def timeline(self, answer: Answer, asked: Asked) -> dict[str, Any]:
         """What both engines' connectors say of when the request came by."""
         if not (answer.transfer_id and answer.choice.prefill):
             return {}
-        body = self._engine.timeline_body(request, answer.transfer_id)
         found: dict[str, Any] = {"transfer_id": answer.transfer_id}
         for side, url in (("prefill", answer.choice.prefill), ("decode", answer.choice.decode)):
-            told = self._engine.prefill_params(await self._aside(url, body, headers))
-            found[side] = (told or {}).get("timeline", {})
+            said = await self._aside.told(url, asked.request, asked.headers, answer.transfer_id)
+            found[side] = said.get("timeline", {})
         return found
 
-    async def _attempt(
-        self, request: ClientRequest, headers: Mapping[str, str], choice: Choice, timeline: Timeline
-    ) -> Answer:
+    async def _attempt(self, asked: Asked, journey: Journey, timeline: Timeline) -> Answer:
+        choice, request = journey.placement, asked.request
         decode = self._pool[choice.decode]
         source = self._pool[choice.prefill] if choice.prefill else None
         transfer_id = uuid.uuid4().hex
-        # Counted before the first await, so that requests of one moment see each other.
-        release = decode.lease(request.prompt_tokens)
+        release = decode.lease(asked.arrival.tokens)
         prefill: asyncio.Task[bytes] | None = None
         opening: asyncio.Task[Answer] | None = None
         answer: Answer | None = None
         early: asyncio.Future[Early | None] | None = None
         try:
+            if decode.url in journey.avoided:
+                await asyncio.sleep(RETRY_PAUSE)
             params: dict[str, Any] | None = None
             if source and source.info:
                 if self._early and _both(source, decode) and eligible(request):
                     early = asyncio.get_running_loop().create_future()
-                asked = early is not None
-                params = self._engine.decode_params(source.info, transfer_id, first_token=asked)
-                body = self._engine.prefill_body(request, transfer_id, first_token=asked)
-                prefill = asyncio.create_task(self._prefill(source, request, headers, body, timeline, early))
+                wished = early is not None
+                params = self._engine.decode_params(source.info, transfer_id, first_token=wished)
+                body = self._engine.prefill_body(request, transfer_id, first_token=wished)
+                prefill = asyncio.create_task(self._prefill(source, asked, journey, body, timeline, early))
                 # A task that is cancelled before its first step runs no finally of its own.
-                prefill.add_done_callback(_ignoring_task(source.lease(request.prompt_tokens)))
+                prefill.add_done_callback(_ignoring_task(source.lease(asked.arrival.tokens)))
                 if self._serial:
                     # A stream says nothing of its transfer, but then we know all that there is to say.
-                    params = self._engine.prefill_params(await prefill) or (params if asked else None)
+                    params = self._engine.prefill_params(await prefill) or (params if wished else None)
             body = self._engine.decode_body(request, params) if params else request.raw
             timeline.mark("decode_sent")
-            opening = asyncio.create_task(
-                self._open(decode, choice, request, headers, body, release, timeline, early)
-            )
+            opening = asyncio.create_task(self._open(asked, journey, body, release, timeline, early))
             answer = await _first(prefill, opening)
             answer.prefill = prefill
             answer.transfer_id = transfer_id if params else ""
-            answer.again = partial(self._again, request, headers, answer, timeline)
+            answer.again = partial(self._again, asked, answer, timeline)
             if early:
                 self._metrics.first_tokens.labels("prefill" if answer.early else "decode").inc()
             return answer
@@ -198,52 +205,51 @@ class Dispatcher:
                     if not opening.cancelled() and not opening.exception():
                         opening.result().close()
                 release()
-                if source and prefill and (prefill.cancelled() or not prefill.exception()):
-                    self._keep(asyncio.create_task(self._release(source, request, headers, transfer_id)))
+                journey.over(None)
+                if source and prefill and not _failed(prefill):
+                    release_it = self._aside.release(source.url, request, asked.headers, transfer_id)
+                    self._keep(asyncio.create_task(release_it))
 
-    async def _again(
-        self,
-        request: ClientRequest,
-        headers: Mapping[str, str],
-        answer: Answer,
-        timeline: Timeline,
-        why: str,
-    ) -> Answer:
+    async def _again(self, asked: Asked, answer: Answer, timeline: Timeline, why: str) -> Answer:
         """The client has prefill's token, but decode did not get it: decode alone, told to begin with it."""
         log.warning("%s; decode computes the prompt itself", why)
         self._metrics.retries.labels("decode").inc()
-        asked = self._engine.timeline_body(request, answer.transfer_id)
         source = answer.choice.prefill or ""
-        known = self._engine.prefill_params(await self._aside(source, asked, headers, TOKEN_WAIT))
-        token = (known or {}).get("first_token", -1)
-        demand = Demand(request.prompt_tokens, "decode_failed", frozenset({answer.choice.decode}))
-        choice = self._policy.choose(self._pool.snapshot(), demand)
+        id = answer.transfer_id
+        said = await self._aside.told(source, asked.request, asked.headers, id, TOKEN_WAIT)
+        token = said.get("first_token", -1)
         if token < 0:
             raise DecodeFailed(f"prefill {source} can't tell which token that was")
-        if choice is None:
-            raise DecodeFailed("no decode engine is usable")
-        release = self._pool[choice.decode].lease(request.prompt_tokens)
-        body = self._engine.decode_body(request, {"first_token": token})
         try:
-            decode = self._pool[choice.decode]
-            return await self._open(decode, choice, request, headers, body, release, timeline, None)
+            avoid = {answer.choice.decode}
+            journey = await self._steering.place(asked.arrival, "decode_failed", avoid, again=True)
+        except (NoDecode, Overloaded) as error:
+            raise DecodeFailed(str(error)) from None
+        release = self._pool[journey.placement.decode].lease(asked.arrival.tokens)
+        body = self._engine.decode_body(asked.request, {"first_token": token})
+        try:
+            return await self._open(asked, journey, body, release, timeline, None)
         except BaseException:
             release()
+            journey.over(None)
             raise
 
     async def _prefill(
         self,
         source: Instance,
-        request: ClientRequest,
-        headers: Mapping[str, str],
+        asked: Asked,
+        journey: Journey,
         body: bytes,
         timeline: Timeline,
         early: asyncio.Future[Early | None] | None,
     ) -> bytes:
-        started = time.perf_counter()
-        timeline.mark("prefill_sent")
+        url = source.url + asked.request.path
         try:
-            async with self._session.post(source.url + request.path, data=body, headers=headers) as reply:
+            if copy := journey.placement.copy:
+                await self._copies.bring(self._pool[copy.source], source, asked, copy, journey.patience)
+            started = time.perf_counter()
+            timeline.mark("prefill_sent")
+            async with self._session.post(url, data=body, headers=asked.headers) as reply:
                 if early and reply.content_type == EVENTS:
                     await self._read_early(source, reply, timeline, early)
                 answer = await reply.read()
@@ -261,6 +267,8 @@ class Dispatcher:
             raise PrefillFailed(f"prefill {source.url} answered {reply.status}: {said}", refused=refused)
         timeline.mark("prefill_answer")
         self._metrics.prefill_seconds.observe(time.perf_counter() - started)
+        if rejected := journey.prefilled(PrefillTimes.of(self._engine.prefill_params(answer))):
+            raise Overloaded(rejected)
         return answer
 
     async def _read_early(
@@ -282,20 +290,20 @@ class Dispatcher:
 
     async def _open(
         self,
-        decode: Instance,
-        choice: Choice,
-        request: ClientRequest,
-        headers: Mapping[str, str],
+        asked: Asked,
+        journey: Journey,
         body: bytes,
         release: Callable[[], None],
         timeline: Timeline,
         early: asyncio.Future[Early | None] | None,
     ) -> Answer:
+        decode = self._pool[journey.placement.decode]
         reply: aiohttp.ClientResponse | None = None
         reading: asyncio.Task[bytes] | None = None
         opened = False
         try:
-            reply = await self._session.post(decode.url + request.path, data=body, headers=headers)
+            url = decode.url + asked.request.path
+            reply = await self._session.post(url, data=body, headers=asked.headers)
             timeline.mark("decode_headers")
             streamed = reply.status == 200 and reply.content_type == EVENTS
             if streamed and early:
@@ -304,7 +312,8 @@ class Dispatcher:
                 await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
                 if not reading.done() and (known := early.result()):
                     opened = True
-                    return Answer(choice, reply, known.events, True, release, timeline, reading, known)
+                    journey.first_token()
+                    return Answer(journey, reply, known.events, True, release, timeline, reading, known)
             first = await (reading or (reply.content.readany() if streamed else reply.read()))
             timeline.mark("decode_first")
             said = Reply(reply.status, reply.headers, first)
@@ -317,7 +326,9 @@ class Dispatcher:
             if streamed and not first:
                 raise DecodeFailed(f"decode {decode.url} ended its stream before the first byte")
             opened = True
-            return Answer(choice, reply, first, streamed, release, timeline)
+            if streamed:
+                journey.first_token()
+            return Answer(journey, reply, first, streamed, release, timeline)
         except BROKEN as error:
             decode.suspect(told(error), gone=isinstance(error, UNREACHABLE))
             raise DecodeFailed(f"decode {decode.url} failed: {told(error)}") from None
@@ -327,23 +338,6 @@ class Dispatcher:
                 if reading:
                     await _cancelled(reading)
 
-    async def _release(
-        self, source: Instance, request: ClientRequest, headers: Mapping[str, str], transfer_id: str
-    ) -> None:
-        """Tell prefill that nobody comes: decode may never have seen the request, and the lease is long."""
-        await self._aside(source.url, self._engine.release_body(request, transfer_id), headers)
-
-    async def _aside(
-        self, url: str, body: bytes, headers: Mapping[str, str], within: float = LINGER
-    ) -> bytes:
-        """A request that only the connector there answers; empty if it does not."""
-        own = {k: v for k, v in headers.items() if k.lower() != "x-request-id"}
-        with contextlib.suppress(*BROKEN):
-            async with asyncio.timeout(within):
-                async with self._session.post(url + COMPLETIONS, data=body, headers=own) as reply:
-                    return await reply.read()
-        return b""
-
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._lingering.add(task)
         task.add_done_callback(self._lingering.discard)
@@ -352,7 +346,7 @@ class Dispatcher:
         await asyncio.wait({prefill}, timeout=LINGER)
         await _cancelled(prefill)
 
-    def _note(self, choice: Choice) -> None:
+    def _note(self, choice: Placement) -> None:
         without = choice.reason == "no_prefill"
         if without and not self._without_prefill:
             states = "; ".join(
@@ -360,10 +354,6 @@ class Dispatcher:
             )
             log.warning("no prefill engine is usable (%s): decode computes prompts itself", states)
         self._without_prefill = without
-
-    def _nobody(self) -> str:
-        states = "; ".join(f"{d.url}: {d.reason}" for d in self._pool.decode)
-        return f"no decode engine is usable ({states})"
 
 
 async def _first(prefill: asyncio.Task[bytes] | None, opening: asyncio.Task[Answer]) -> Answer:
@@ -383,6 +373,11 @@ async def _first(prefill: asyncio.Task[bytes] | None, opening: asyncio.Task[Answ
 def _both(prefill: Instance, decode: Instance) -> bool:
     """Whether the connectors of both know how to hand over a first token."""
     return all(instance.info is not None and instance.info.first_token for instance in (prefill, decode))
+
+
+def _failed(prefill: asyncio.Task[bytes]) -> bool:
+    """Whether prefill ended with a failure: it holds nothing then."""
+    return not prefill.cancelled() and isinstance(prefill.exception(), PrefillFailed)
 
 
 def _ignoring_task(done: Callable[[], None]) -> Callable[[object], None]:

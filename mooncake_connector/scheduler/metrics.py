@@ -65,6 +65,32 @@ class ProxyMetrics:
             ["reason"],
             registry=self.registry,
         )
+        self.rejected = Counter(
+            "mooncake_proxy_rejected",
+            "Requests answered with 429 by the proxy itself, by the promise that would have been broken.",
+            ["target"],
+            registry=self.registry,
+        )
+        self.waited_seconds = Histogram(
+            "mooncake_proxy_waited_seconds",
+            "How long requests waited to be let in, those that had to.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.cached_tokens = Counter(
+            "mooncake_proxy_cached_tokens",
+            "Prompt tokens that the chosen engine was expected to hold already, copies included.",
+            registry=self.registry,
+        )
+        self.copies = Counter(
+            "mooncake_proxy_copies",
+            "Copies of prefixes between engines: copied, failed, or refused (too many, or roles forbid it).",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.copied_tokens = Counter(
+            "mooncake_proxy_copied_tokens", "Prompt tokens copied between engines.", registry=self.registry
+        )
         self._gauge("inflight", "Requests in flight.", pool, lambda instance: instance.requests)
         self._gauge(
             "inflight_tokens", "Estimated prompt tokens in flight.", pool, lambda instance: instance.tokens

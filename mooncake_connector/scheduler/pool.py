@@ -8,7 +8,6 @@ from typing import Literal
 import msgspec
 
 from mooncake_connector.scheduler.engines.base import EngineInfo
-from mooncake_connector.scheduler.policy import InstanceView, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +27,16 @@ class InstanceReport(msgspec.Struct, frozen=True):
 
 
 class Instance:
-    """One engine: what it said of itself, whether it is up, and what is in flight on it."""
+    """One engine: what it said of itself, whether it is up, and what is in flight on it.
+
+    Attributes:
+        changed: called when it came up, went down, or restarted.
+    """
 
     def __init__(self, url: str, side: Side) -> None:
         self.url = url
         self.side: Side = side
+        self.changed: Callable[[Instance], None] = _nobody_cares
         self.info: EngineInfo | None = None
         self.up = False
         self.reason = "not probed yet"
@@ -40,7 +44,6 @@ class Instance:
         self.requests = 0
         self.tokens = 0
         self.suspicion = asyncio.Event()
-        self._group = ""
 
     def lease(self, tokens: int) -> Callable[[], None]:
         """Count a request of `tokens` prompt tokens; the returned function takes it back, once."""
@@ -59,9 +62,9 @@ class Instance:
 
     def mark_up(self, info: EngineInfo) -> None:
         """The engine answered a probe with `info`: usable, if it fits its pool."""
-        before = self.info
-        self.info, self._group = info, info.group
-        if before and (before.engine_id, before.incarnation) != (info.engine_id, info.incarnation):
+        before, self.info = self.info, info
+        restarted = before is not None and before.identity != info.identity
+        if before and restarted:
             self.restarts += 1
             log.warning(
                 "%s %s restarted: engine %s, was %s", self.side, self.url, info.engine_id, before.engine_id
@@ -72,15 +75,19 @@ class Instance:
                 f"{RIGHT_ROLE[self.side]} or kv_both, or name it with the other option"
             )
             return
-        if not self.up:
+        was_up, self.up, self.reason = self.up, True, ""
+        if not was_up:
             log.info("%s %s is up: engine %s, model %s", self.side, self.url, info.engine_id, info.model)
-        self.up, self.reason = True, ""
+        if restarted or not was_up:
+            self.changed(self)
 
     def mark_down(self, reason: str) -> None:
         """Not usable, and why; logged when either changes."""
         if self.up or reason != self.reason:
             log.warning("%s %s is not usable: %s", self.side, self.url, reason)
-        self.up, self.reason = False, reason
+        was_up, self.up, self.reason = self.up, False, reason
+        if was_up:
+            self.changed(self)
 
     def suspect(self, reason: str, *, gone: bool = False) -> None:
         """A request failed there: probe it now; `gone`: leave it out of the choice until that succeeds."""
@@ -88,8 +95,10 @@ class Instance:
             self.mark_down(reason)
         self.suspicion.set()
 
-    def view(self) -> InstanceView:
-        return InstanceView(self.url, self.up, self._group, self.requests, self.tokens)
+    @property
+    def group(self) -> str:
+        """Equal for two engines exactly if they can exchange KV."""
+        return self.info.group if self.info else ""
 
     def report(self) -> InstanceReport:
         state = "up" if self.up else "down" if self.info else "starting"
@@ -114,17 +123,14 @@ class Pool:
     def __getitem__(self, url: str) -> Instance:
         return self._by_url[url]
 
-    def snapshot(self) -> Snapshot:
-        return Snapshot(tuple(p.view() for p in self.prefill), tuple(d.view() for d in self.decode))
-
     def live(self, side: Side) -> list[Instance]:
         """Usable engines of one pool."""
         return [instance for instance in self if instance.side == side and instance.up]
 
     def paired(self) -> bool:
         """Whether some prefill and some decode engine are up and can exchange KV."""
-        groups = {p.view().group for p in self.live("prefill")}
-        return any(d.view().group in groups for d in self.live("decode"))
+        groups = {p.group for p in self.live("prefill")}
+        return any(d.group in groups for d in self.live("decode"))
 
     def mismatches(self) -> list[str]:
         """Pairs that are up but can't exchange KV, with both sides' values; new ones are logged."""
@@ -139,3 +145,7 @@ class Pool:
                 log.error("%s. Start both with the same model, dtype and connector version", line)
         self._mismatches = frozenset(found)
         return found
+
+
+def _nobody_cares(_: Instance) -> None:
+    pass

@@ -15,17 +15,25 @@ import prometheus_client
 from aiohttp import hdrs, web
 
 from mooncake_connector.errors import ConfigError
-from mooncake_connector.scheduler.answer import Answer, DecodeFailed, NoDecode, StreamBroken
+from mooncake_connector.scheduler import rejection
+from mooncake_connector.scheduler.answer import Answer, DecodeFailed, NoDecode, Overloaded, StreamBroken
+from mooncake_connector.scheduler.arrivals import Arrivals
+from mooncake_connector.scheduler.conductor import Conductor
+from mooncake_connector.scheduler.conductor_metrics import ConductorMetrics
 from mooncake_connector.scheduler.dispatch import Dispatcher
 from mooncake_connector.scheduler.engines.base import Engine
 from mooncake_connector.scheduler.engines.vllm import VllmEngine
+from mooncake_connector.scheduler.estimators import Estimators
+from mooncake_connector.scheduler.holdings import Holdings
 from mooncake_connector.scheduler.metrics import ProxyMetrics
 from mooncake_connector.scheduler.openai import CHAT, COMPLETIONS, BadRequest, ClientRequest, error_body
-from mooncake_connector.scheduler.policy import LeastLoaded, Policy
-from mooncake_connector.scheduler.pool import Pool
+from mooncake_connector.scheduler.pool import Instance, Pool
+from mooncake_connector.scheduler.prefix_index import PrefixIndex
 from mooncake_connector.scheduler.probe import Prober
 from mooncake_connector.scheduler.settings import ProxySettings
+from mooncake_connector.scheduler.steering import Steering
 from mooncake_connector.scheduler.timeline import HEADER, Timeline, into_answer, with_timeline
+from mooncake_connector.scheduler.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -56,17 +64,16 @@ class Proxy:
 
     Args:
         settings: what to run with.
-        policy: who serves a request; least loaded unless given.
         engine: how engines are driven; vLLM unless given.
     """
 
-    def __init__(
-        self, settings: ProxySettings, policy: Policy | None = None, engine: Engine | None = None
-    ) -> None:
+    def __init__(self, settings: ProxySettings, engine: Engine | None = None) -> None:
         self.settings = settings
         self.pool = Pool(settings.prefill, settings.decode)
         self.metrics = ProxyMetrics(self.pool)
-        self._policy = policy or LeastLoaded(settings.min_prefill_tokens)
+        self.index = PrefixIndex()
+        self._estimators = Estimators()
+        self.conductor = Conductor(settings.scheduling, self.index, self._estimators)
         self._engine = engine or VllmEngine(
             api_key=settings.engine_api_key, probe_timeout=settings.probe_timeout
         )
@@ -96,9 +103,10 @@ class Proxy:
             auto_decompress=False,
             skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT_ENCODING),
         ) as self._session:
+            steering = self._steer()
             self._dispatcher = Dispatcher(
                 self.pool,
-                self._policy,
+                steering,
                 self._engine,
                 self._session,
                 self.metrics,
@@ -114,6 +122,8 @@ class Proxy:
                 probe_seconds=settings.probe_seconds,
             )
             async with AsyncExitStack() as stack:
+                stack.callback(self._tokens.close)
+                stack.callback(steering.close)
                 stack.push_async_callback(self._dispatcher.close)
                 await stack.enter_async_context(prober)
                 await runner.setup()
@@ -127,6 +137,49 @@ class Proxy:
                     ) from None
                 yield runner.addresses[0][1]
 
+    def _steer(self) -> Steering:
+        """Put together what decides about requests."""
+        settings = self.settings
+        steering = Steering(
+            self.pool,
+            self.conductor,
+            self._estimators,
+            Holdings(self.index),
+            self.metrics,
+            settings.scheduling,
+            settings.fixed_slo,
+        )
+        self._tokens = Tokens(settings.tokenizer)
+        self._arrivals = Arrivals(
+            self.index,
+            self._tokens,
+            settings.classes,
+            settings.tenant_header,
+            steering.promise,
+            self._adapters,
+        )
+
+        def follow(instance: Instance) -> None:
+            steering.follow(instance)
+            if instance.info:
+                self._tokens.offer(instance.info.model)
+
+        for instance in self.pool:
+            instance.changed = follow
+        clock = asyncio.get_running_loop().time
+        self.metrics.registry.register(
+            ConductorMetrics(
+                lambda: self.conductor.accounts(clock()),
+                steering.waiting,
+                lambda: len(self.index),
+                self._estimators.calibration,
+            )
+        )
+        return steering
+
+    def _adapters(self) -> set[str]:
+        return {name for instance in self.pool if instance.info for name in instance.info.adapters}
+
     async def _generate(self, http: web.Request) -> web.StreamResponse:
         started = time.perf_counter()
         timeline = Timeline(http.headers.get(HEADER) == "1")
@@ -136,7 +189,9 @@ class Proxy:
             request = ClientRequest.parse(http.path, await http.read())
             timeline.mark("parsed")
             headers, request_id = _forwarded(http, request)
-            answer = await self._dispatcher.open(request, headers, timeline)
+            asked = await self._arrivals.describe(request, headers)
+            timeline.mark("described")
+            answer = await self._dispatcher.open(asked, timeline)
             returned = _returned(answer.headers)
             returned["x-mooncake-decode"] = answer.choice.decode
             returned["x-mooncake-prefill"] = answer.choice.prefill or f"none ({answer.choice.reason})"
@@ -148,7 +203,7 @@ class Proxy:
 
             async def tell() -> dict[str, Any]:
                 timeline.mark("decode_end")
-                told = await self._dispatcher.timeline(answer, request, headers)
+                told = await self._dispatcher.timeline(answer, asked)
                 return told | {"proxy": timeline.moments}
 
             response, outcome = await _relay(http, answer, returned, timeline, tell)
@@ -159,6 +214,9 @@ class Proxy:
         except BadRequest as error:
             outcome = "client_error"
             return _error(400, str(error), "BadRequestError", error.param)
+        except Overloaded as error:
+            outcome = "rejected"
+            return _rejection(error)
         except NoDecode as error:
             outcome = "no_decode"
             return _error(503, str(error), "ServiceUnavailableError")
@@ -260,6 +318,12 @@ def _returned(headers: Mapping[str, str]) -> dict[str, str]:
 def _error(status: int, message: str, kind: str, param: str | None = None) -> web.Response:
     body = error_body(message, kind, status, param)
     return web.Response(status=status, body=body, content_type="application/json")
+
+
+def _rejection(error: Overloaded) -> web.Response:
+    headers = {hdrs.RETRY_AFTER: str(rejection.retry_seconds(error.rejected))}
+    body = rejection.body(error.rejected)
+    return web.Response(status=rejection.STATUS, body=body, headers=headers, content_type="application/json")
 
 
 @web.middleware

@@ -6,6 +6,7 @@ import json
 import openai
 import pytest
 
+from mooncake_connector.scheduler.scheduling import Scheduling
 from tests.proxy.conftest import Start
 from tests.proxy.fakes import MODEL, events
 
@@ -173,7 +174,7 @@ async def test_a_body_of_five_mebibytes_arrives_whole(start: Start):
 
 
 async def test_short_prompts_may_skip_prefill(start: Start):
-    setting = await start(min_prefill_tokens=10)
+    setting = await start(scheduling=Scheduling(min_prefill_tokens=10))
     await _post(setting.http, {**TEXT, "prompt": list(range(9))})
     await _post(setting.http, {**TEXT, "prompt": list(range(10))})
     await _post(

@@ -25,6 +25,20 @@ class EngineUnready(MooncakeError):
         self.gone = gone
 
 
+class KvEventSource(msgspec.Struct, frozen=True):
+    """Where an engine publishes what its KV cache holds.
+
+    Attributes:
+        endpoint: ZeroMQ address to subscribe at.
+        replay_endpoint: where to ask again for what was missed; empty: nowhere.
+        topic: what to subscribe to.
+    """
+
+    endpoint: str
+    replay_endpoint: str = ""
+    topic: str = ""
+
+
 class EngineInfo(msgspec.Struct, frozen=True):
     """What an engine's connector says of itself when probed.
 
@@ -42,6 +56,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
         protocol: of the connector's messages.
         first_token: whether it can go on from a token that another engine sampled.
         kv_tokens: tokens of KV that it can hold; 0 if it does not say.
+        adapters: names by which requests ask for a LoRA adapter.
+        kv_events: where it publishes what its KV cache holds; None if nowhere.
     """
 
     engine_id: str
@@ -61,6 +77,13 @@ class EngineInfo(msgspec.Struct, frozen=True):
     model_hash: str = ""
     first_token: bool = False
     kv_tokens: int = 0
+    adapters: tuple[str, ...] = ()
+    kv_events: KvEventSource | None = None
+
+    @property
+    def identity(self) -> tuple[str, str | int]:
+        """Differs after every start of the engine."""
+        return self.engine_id, self.incarnation
 
     @property
     def group(self) -> str:

@@ -68,7 +68,8 @@ class VllmEngine:
                 await self._call(session, "GET", f"{url}/v1/models", self._probe_timeout)
             )
             model = models["data"][0]["id"]
-        except (msgspec.DecodeError, LookupError, TypeError):
+            adapters = tuple(each["id"] for each in models["data"] if each.get("parent"))
+        except (msgspec.DecodeError, LookupError, TypeError, AttributeError):
             raise EngineUnready(f"{url}/v1/models names no model: is this a vLLM server?") from None
         body = {"model": model, "prompt": [0], "max_tokens": 1, "kv_transfer_params": {"probe": True}}
         answer = await self._call(session, "POST", f"{url}{COMPLETIONS}", self._probe_timeout, body)
@@ -76,7 +77,7 @@ class VllmEngine:
         if found is None:
             raise EngineUnready(f"no mooncake connector is loaded: {CONNECTOR_MEND}")
         try:
-            return msgspec.convert(found, EngineInfo)
+            return msgspec.convert(found | {"adapters": adapters}, EngineInfo)
         except msgspec.ValidationError as error:
             raise EngineUnready(
                 f"the connector's probe answer is not understood ({error}): "
