@@ -25,9 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_topology(
         commands.add_parser("topology", help="show this host's GPUs and NICs, and which go together")
     )
+    _add_simulate(commands.add_parser("simulate", help="play a trace to simulated engines"))
     options = vars(parser.parse_args(arguments))
     try:
-        status = {"proxy": _proxy, "topology": _topology}[options.pop("command")](options)
+        status = {"proxy": _proxy, "topology": _topology, "simulate": _simulate}[options.pop("command")](
+            options
+        )
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # `... | head` has seen enough
@@ -87,6 +90,19 @@ def _add_topology(parser: argparse.ArgumentParser) -> None:
     add("--allow", metavar="NIC", nargs="+", action="extend", help="names or patterns; no other NIC is used")
     add("--deny", metavar="NIC", nargs="+", action="extend", help="names or patterns that are never used")
     add("--record", metavar="DIR", help="copy what was read into a new directory, for --sysfs elsewhere")
+
+
+def _add_simulate(parser: argparse.ArgumentParser) -> None:
+    from mooncake_connector.scheduler.simulator import command
+
+    command.add_options(parser)
+
+
+def _simulate(options: dict[str, object]) -> int:
+    from mooncake_connector.scheduler.simulator import command
+
+    print(command.run(options))
+    return 0
 
 
 def _topology(options: dict[str, object]) -> int:

@@ -51,6 +51,7 @@ class World:
         tasks: every request, with what became of it.
         gaps: between tokens, of all answers.
         samples: loads over time.
+        copies: prefixes that were copied from engine to engine.
         wall: seconds that `run` took.
     """
 
@@ -59,6 +60,7 @@ class World:
         self.tasks = [Task(number, job) for number, job in enumerate(jobs)]
         self.gaps = Gaps(setup.scheduling.slo.tbt)
         self.samples: list[Sample] = []
+        self.copies = 0
         self.wall = 0.0
         self.estimators = setup.estimators()
         self._events: list[tuple[float, int, Callable[[float, int], None], int]] = []
@@ -236,6 +238,7 @@ class World:
             blocks = self._engines[source].blocks.match(keys)
             missing = BLOCK * (blocks - self._engines[task.prefill].blocks.match(keys))
             if missing > 0:
+                self.copies += 1
                 self._copies[task.number] = (source, blocks, missing, now)
                 landed = self._links.send(source, missing, now) + costs.handoff
                 self._schedule(max(there, landed), self._copied, task.number)
