@@ -5,6 +5,7 @@ from typing import Protocol
 
 import msgspec
 
+from mooncake_connector.scheduler.admission import Ahead, Gate, Refusal
 from mooncake_connector.scheduler.base import (
     Arrival,
     DecodeView,
@@ -14,11 +15,19 @@ from mooncake_connector.scheduler.base import (
     Rejected,
     Unserved,
     Verdict,
+    Waiting,
 )
-from mooncake_connector.scheduler.estimators import Estimators, Lengths
+from mooncake_connector.scheduler.decode_table import Answer
+from mooncake_connector.scheduler.estimators import Estimators
+from mooncake_connector.scheduler.fairness import Line, Usage, Waiter
 from mooncake_connector.scheduler.ledger import Account, Booking, Ledger
 from mooncake_connector.scheduler.routing import Route, Router
 from mooncake_connector.scheduler.scheduling import Scheduling
+
+# Those that wait are looked at when something ended, not more often than this, and now and then. Seconds.
+PAUSE, NAP = 0.05, 1.0
+# So many of them at a time that go on waiting.
+LOOKS = 3
 
 
 class Prefixes(Protocol):
@@ -46,7 +55,7 @@ class Flight(msgspec.Struct):
 
     arrival: Arrival
     route: Route
-    lengths: Lengths
+    answer: Answer
     began: float
     prefilled: float = 0.0
     first: float = 0.0
@@ -74,35 +83,65 @@ class Conductor:
             estimators,
             seed,
         )
+        self._usage = Usage()
+        self._gate = Gate(settings, self._ledger, self._router, estimators, self._usage)
+        self._line = Line()
+        self._look = 0.0
+        self._looked = float("-inf")
         self._flights: dict[str, Flight] = {}
 
     def join(self, instance: Instance, now: float) -> None:
         """An engine came up, or came anew: nothing is in flight there."""
         self._ledger.join(instance, now)
+        self._look = now
 
     def leave(self, name: str, now: float) -> None:
         """An engine went. Its requests stay open until `ended` is said of each."""
         self._ledger.leave(name, now)
+        self._look = now
 
     def arrive(self, arrival: Arrival, now: float) -> Verdict:
         """Decide about a request. One that is placed is in flight until `ended`, whatever becomes of it.
 
         One that is in flight already, as it failed somewhere and comes again, gives up its first place.
         """
-        self.ended(arrival.id, now, None)
-        lengths = self._estimators.lengths.predict(arrival)
-        route = self._route(arrival, lengths, now)
+        self.ended(arrival.id, now)
+        answer = Answer.of(self._estimators.lengths.predict(arrival))
+        route = self._route(arrival, answer, now)
         if route is None:
             return Unserved()
-        return self._place(arrival, route, lengths, now)
+        before = [waiter for waiter in self._line if waiter.arrival.priority >= arrival.priority]
+        judged = self._judge(arrival, route, answer, now, 0.0, before)
+        if isinstance(judged, Route):
+            return self._place(arrival, judged, answer, now, now)
+        patience = arrival.slo.ttft_of(arrival.tokens) - route.ttft
+        if judged.wait is None or judged.wait > patience:
+            return judged.rejected
+        waiter = Waiter(arrival, answer, self._cost(arrival.tokens, route, answer), now, now + patience)
+        self._line.add(waiter)
+        return Waiting(until=waiter.until)
 
     def due(self) -> float | None:
-        """When `wake` has something to do; None: not before another call."""
-        return None
+        """When `wake` has something to do: ask anew after every other call. None: nobody waits."""
+        deadline = self._line.deadline()
+        return None if deadline is None else min(deadline, max(self._look, self._looked + PAUSE))
 
     def wake(self, now: float) -> list[tuple[str, Verdict]]:
-        """Decide about those that wait: by request, what became of it."""
-        return []
+        """Decide about those that wait: by request, what became of it. The others go on waiting."""
+        found: list[tuple[str, Verdict]] = []
+        before: list[Waiter] = []
+        for waiter in self._line:
+            # A look costs time, and those far behind have no chance: they are looked at when they must be.
+            if len(before) >= LOOKS and now < waiter.until:
+                continue
+            verdict = self._again(waiter, before, now)
+            if verdict is None:
+                before.append(waiter)
+                continue
+            self._line.take(waiter.arrival.id, served=isinstance(verdict, Placement))
+            found.append((waiter.arrival.id, verdict))
+        self._looked, self._look = now, now + NAP
+        return found
 
     def prefilled(
         self,
@@ -138,7 +177,10 @@ class Conductor:
             predicted = self._estimators.prefill.seconds(route.computes, tokens, held)
             self._estimators.calibration.observe("prefill", predicted, computed)
             self._estimators.prefill.observe(route.computes, tokens, held, computed)
-        return None
+        rejected = self._gate.rejudge(flight.arrival, route, now)
+        if rejected:
+            self.ended(id, now)
+        return rejected
 
     def first_token(self, id: str, now: float) -> None:
         """Its answer began."""
@@ -150,7 +192,8 @@ class Conductor:
         self._estimators.calibration.observe("ttft", flight.route.ttft, now - flight.began)
         route = flight.route
         if flight.prefilled and route.computes != route.decode:
-            self.copied(route.computes, route.decode, flight.arrival.tokens, now - flight.prefilled)
+            tokens, seconds = flight.arrival.tokens, now - flight.prefilled
+            self._estimators.handover.observe(route.computes, route.decode, tokens, seconds)
         if route.decode in self._ledger.instances:
             flight.areas = self._ledger.decode(route.decode).areas(now)
 
@@ -160,19 +203,25 @@ class Conductor:
             self._ledger.progressed(id, tokens, now)
 
     def copied(self, source: str, target: str, tokens: int, seconds: float) -> None:
-        """KV of so many tokens went from one engine to another."""
+        """A prefix was copied; `tokens` are what the target did not hold."""
         predicted = self._estimators.transfer.seconds(source, target, tokens)
         self._estimators.calibration.observe("transfer", predicted, seconds)
         self._estimators.transfer.observe(source, target, tokens, seconds)
 
     def ended(self, id: str, now: float, output_tokens: int | None = None) -> None:
         """It is over: after so many tokens, or None if it failed or nobody wanted it any more."""
+        self._line.take(id)
         flight = self._flights.pop(id, None)
         if flight is None:
             return
         if output_tokens:
             self._learn(flight, now, output_tokens)
         self._ledger.close(id, now)
+        self._look = now
+
+    def waiting(self) -> int:
+        """How many wait."""
+        return len(self._line)
 
     def accounts(self, now: float) -> Sequence[Account]:
         """Load of every engine."""
@@ -180,11 +229,12 @@ class Conductor:
 
     def _learn(self, flight: Flight, now: float, output: int) -> None:
         estimators, decode = self._estimators, flight.route.decode
-        estimators.calibration.observe("output", flight.lengths.quantile(0.5), output)
+        estimators.calibration.observe("output", flight.answer.lengths.quantile(0.5), output)
         estimators.lengths.observe(flight.arrival, output)
         lasted = now - flight.first
         if not flight.first or output < 2 or lasted <= 0 or decode not in self._ledger.instances:
             return
+        self._gate.lasted(lasted)
         tbt = lasted / (output - 1)
         batch, context = (
             (after - before) / lasted
@@ -193,15 +243,46 @@ class Conductor:
         estimators.calibration.observe("tbt", flight.route.tbt, tbt)
         estimators.step.observe(decode, max(1, round(batch)), round(context), tbt)
 
-    def _route(self, arrival: Arrival, lengths: Lengths, now: float) -> Route | None:
+    def _again(self, waiter: Waiter, before: Sequence[Waiter], now: float) -> Verdict | None:
+        """What becomes of one that waits, if it is not to wait on."""
+        arrival, answer = waiter.arrival, waiter.answer
+        route = self._route(arrival, answer, now)
+        if route is None:
+            return Unserved()
+        judged = self._judge(arrival, route, answer, now, now - waiter.since, before)
+        if isinstance(judged, Route):
+            return self._place(arrival, judged, answer, now, waiter.since)
+        return judged.rejected if now >= waiter.until or judged.wait is None else None
+
+    def _judge(
+        self,
+        arrival: Arrival,
+        route: Route,
+        answer: Answer,
+        now: float,
+        waited: float,
+        before: Sequence[Waiter],
+    ) -> Route | Refusal:
+        aged = _ahead([waiter for waiter in before if waiter.aged(now)])
+        ahead = _ahead(before)
+        return self._gate.judge(arrival, route, answer, now, waited=waited, aged=aged, ahead=ahead)
+
+    def _cost(self, tokens: int, route: Route, answer: Answer) -> float:
+        """Seconds of an engine that a request takes, those of decode by its part of the KV."""
+        instance = self._ledger.instances[route.decode]
+        writing = answer.mean * route.tbt
+        held = (tokens + answer.mean) / instance.kv_tokens if instance.kv_tokens else 0.0
+        return route.seconds + writing * held
+
+    def _route(self, arrival: Arrival, answer: Answer, now: float) -> Route | None:
         ledger = self._ledger
 
         def decodes(later: float) -> Sequence[DecodeView]:
             return ledger.decode_at(now + later, now)
 
-        instances = ledger.instances.values()
-        writers = [instance for instance in instances if instance.side != "prefill"]
-        return self._router.route(arrival, self._prefills(arrival, now), writers, decodes, lengths.mean())
+        return self._router.route(
+            arrival, self._prefills(arrival, now), ledger.writers(), decodes, answer.mean
+        )
 
     def _prefills(self, arrival: Arrival, now: float) -> Sequence[PrefillView]:
         size, held = self._index.block_size, self._index.match(arrival.keys)
@@ -216,7 +297,7 @@ class Conductor:
             )
         return views
 
-    def _place(self, arrival: Arrival, route: Route, lengths: Lengths, now: float) -> Placement:
+    def _place(self, arrival: Arrival, route: Route, answer: Answer, now: float, came: float) -> Placement:
         whole = route.computes == route.decode
         placement = Placement(
             decode=route.decode,
@@ -224,7 +305,7 @@ class Conductor:
             reason=route.reason,
             copy=route.copy,
             cached=route.cached,
-            ttft=route.ttft,
+            ttft=now - came + route.ttft,
             tbt=route.tbt,
         )
         booking = Booking(
@@ -235,9 +316,15 @@ class Conductor:
             copying=route.copying,
             handover=route.handover,
             joins=now + route.ttft,
-            lengths=lengths,
+            answer=answer,
             limit=arrival.slo.tbt,
         )
-        self._flights[arrival.id] = Flight(arrival, route, lengths, now)
+        self._usage.add(arrival, self._cost(arrival.tokens, route, answer), now)
+        self._flights[arrival.id] = Flight(arrival, route, answer, now)
         self._ledger.open(arrival.id, booking, now)
         return placement
+
+
+def _ahead(waiters: Sequence[Waiter]) -> Ahead:
+    need = sum(waiter.arrival.tokens + waiter.answer.mean for waiter in waiters)
+    return Ahead(len(waiters), need)

@@ -1,12 +1,12 @@
 """The answers that decode engines write or are going to write: one table, that tells what they take later.
 
 An engine gives each of its requests one token per step. So a request's place is kept in steps of its
-engine, not in seconds: when an engine becomes slower, nothing in the table changes. How long an answer will be
-is kept as a few equally likely lengths; a request counts, later, by the share of those not reached yet.
+engine, not in seconds: when an engine becomes slower, nothing in the table changes. How long an answer will
+be is kept as a few equally likely lengths; a request counts, later, by the share of those not reached yet.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import msgspec
 import numpy as np
@@ -24,6 +24,24 @@ class Lengths(Protocol):
     """Distribution of an answer's length in tokens."""
 
     def quantile(self, q: float, generated: int = 0) -> int: ...
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """How long an answer is predicted to be.
+
+    Attributes:
+        ends: the `SHARES` of its length, in tokens.
+        mean: of these.
+    """
+
+    lengths: Lengths
+    ends: tuple[int, ...]
+    mean: float
+
+    @classmethod
+    def of(cls, lengths: Lengths) -> Self:
+        ends = tuple(lengths.quantile(share) for share in SHARES)
+        return cls(lengths, ends, sum(ends) / len(ends))
 
 
 class Occupancy(msgspec.Struct, frozen=True):
@@ -140,7 +158,7 @@ class DecodeTable:
             self._engine[: len(self)][self._engine[: len(self)] == len(self._slots)] = number
 
     def add(
-        self, id: str, name: str, prompt: int, joins: float, lengths: Lengths, limit: float, sure: bool
+        self, id: str, name: str, prompt: int, joins: float, answer: Answer, limit: float, sure: bool
     ) -> None:
         """An answer that begins at `joins`, at a promised pace of `limit`; `sure`: even if nobody says so."""
         row = len(self)
@@ -148,14 +166,13 @@ class DecodeTable:
             self._grow(2 * row)
         self._rows[id] = row
         self._ids.append(id)
-        self._lengths.append(lengths)
+        self._lengths.append(answer.lengths)
         self._engine[row] = number = self._number[name]
         self._prompt[row], self._joins[row], self._limit[row] = prompt, joins, limit
         self._floor[row] = -np.inf if sure else 0.0
         self._start[row] = np.nan
-        ends = [lengths.quantile(share) for share in SHARES]
-        self._ends[:, row] = ends
-        self._whole[row] = prompt + sum(ends) / len(ends)
+        self._ends[:, row] = answer.ends
+        self._whole[row] = prompt + answer.mean
         self._slots[number].requests += 1
         self._slots[number].committed += self._whole[row]
 
@@ -224,16 +241,27 @@ class DecodeTable:
         limits = self._limit[: len(self)][self._engine[: len(self)] == self._number[name]]
         return float(limits.min(initial=np.inf))
 
-    def lasting(self, moment: float, seconds: float, now: float) -> Floats:
-        """Requests of every engine at `moment` if each decodes for `seconds` (arXiv 2407.00079v3, 7.4)."""
-        number, count = self._engine[: len(self)], len(self._slots)
+    def lasting(self, moment: float, seconds: float, now: float) -> Occupancy:
+        """Every engine at `moment` if each answer took `seconds`; those that begin until then, spread evenly.
+
+        This is the prediction of arXiv 2407.00079v3, section 7.4: it knows no answer's length.
+        """
+        rows, count = slice(0, len(self)), len(self._slots)
+        number = self._engine[rows]
         steps, pace = self._clocks(now)
-        start = self._start[: len(self)]
-        begun = ~np.isnan(start)
-        began = np.where(begun, now - (steps[number] - start) * pace[number], self._joins[: len(self)])
-        began = np.where(begun, began, np.maximum(began, now))
-        there = (began <= moment) & (began + seconds > moment)
-        return np.bincount(number, there.astype(float), count).astype(float)
+        tokens = steps[number] - self._start[rows]
+        begun = ~np.isnan(tokens)
+        joins = np.maximum(self._joins[rows], now)
+        began = np.where(begun, now - np.maximum(tokens, 0.0) * pace[number], joins)
+        there = ((began <= moment) & (began + seconds > moment)).astype(float)
+        context = there * (self._prompt[rows] + np.maximum(moment - began, 0.0) / pace[number])
+        new = ~begun
+
+        def spread(of: Floats) -> Floats:
+            even = float(of[new].sum()) / max(1, count)
+            return np.bincount(number, of * begun, count).astype(float) + even
+
+        return Occupancy(spread(there), spread(context), np.zeros(count))
 
     def _present(self, rows: Any, moments: Floats, now: float) -> tuple[Floats, Floats]:
         """By moment and row: probability that it decodes then, and its tokens of KV if so."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from mooncake_connector.scheduler.base import DecodeView, Instance, Placement
-from mooncake_connector.scheduler.decode_table import DecodeSlot, DecodeTable, Floats, Lengths, Occupancy
+from mooncake_connector.scheduler.decode_table import Answer, DecodeSlot, DecodeTable, Floats, Occupancy
 from mooncake_connector.scheduler.prefill_queue import PrefillQueue
 
 # Room of an engine that did not say how much KV it holds.
@@ -52,7 +52,7 @@ class Booking(msgspec.Struct, frozen=True, kw_only=True):
         copying: predicted seconds before it can be computed, while its prefix is copied.
         handover: predicted seconds from then until decode begins.
         joins: moment at which decode is predicted to begin.
-        lengths: of its answer.
+        answer: how long it is predicted to be.
         limit: seconds per token that it is promised.
     """
 
@@ -63,7 +63,7 @@ class Booking(msgspec.Struct, frozen=True, kw_only=True):
     copying: float
     handover: float
     joins: float
-    lengths: Lengths
+    answer: Answer
     limit: float
 
 
@@ -110,7 +110,7 @@ class Ledger:
         decode = booking.placement.decode
         sure = booking.computes == decode
         self._queues[booking.computes].add(id, booking.seconds, booking.prompt, now, now + booking.copying)
-        self._answers.add(id, decode, booking.prompt, booking.joins, booking.lengths, booking.limit, sure)
+        self._answers.add(id, decode, booking.prompt, booking.joins, booking.answer, booking.limit, sure)
 
     def prefilled(self, id: str, now: float, handover: float) -> bool:
         """Its prompt is computed, its KV arrives after `handover` more seconds.
@@ -167,14 +167,21 @@ class Ledger:
             )
         return views
 
+    def all_at(self, moment: float, now: float) -> Occupancy:
+        """Every decode engine at `moment`, in the order of `writers`."""
+        return self._answers.at(moment, now)
+
     def decode_over(self, name: str, moments: Floats, now: float) -> Occupancy:
         """One engine at several moments, none before now."""
         return self._answers.over(name, moments, now)
 
-    def lasting(self, moment: float, seconds: float, now: float) -> Sequence[float]:
-        """Requests of every decode engine at `moment` if each answer took `seconds`."""
-        found: list[float] = self._answers.lasting(moment, seconds, now).tolist()
-        return found
+    def lasting(self, moment: float, seconds: float, now: float) -> Occupancy:
+        """Every decode engine at `moment` if each answer took `seconds`, in the order of `writers`."""
+        return self._answers.lasting(moment, seconds, now)
+
+    def writers(self) -> Sequence[Instance]:
+        """Engines that decode."""
+        return [self.instances[name] for name in self._answers.names]
 
     def strictest(self, name: str) -> float:
         """The least seconds per token promised to one of its requests; infinite if it has none."""

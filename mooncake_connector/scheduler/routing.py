@@ -144,13 +144,13 @@ class Router:
             copying=start.copying,
             queue=start.view.queue,
             seconds=start.seconds,
-            handover=self._estimators.transfer.seconds(start.view.name, decode.name, arrival.tokens),
+            handover=self._estimators.handover.seconds(start.view.name, decode.name, arrival.tokens),
             tbt=self.tbt(arrival, decode),
         )
 
     def redecode(self, route: Route, arrival: Arrival, decode: DecodeView) -> Route:
         """The same prefill with another decode engine."""
-        handover = self._estimators.transfer.seconds(route.computes, decode.name, arrival.tokens)
+        handover = self._estimators.handover.seconds(route.computes, decode.name, arrival.tokens)
         return msgspec.structs.replace(
             route, decode=decode.name, handover=handover, tbt=self.tbt(arrival, decode)
         )

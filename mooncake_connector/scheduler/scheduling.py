@@ -34,6 +34,10 @@ class Scheduling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         min_prefill_tokens: shorter prompts are computed by decode; 0 sends none that way.
         emergency_seconds: predicted seconds of queued prompts per engine from which nobody is let in.
         emergency_kv: the same for tokens of all answers in flight, as a multiple of what decode can hold.
+        reserve: share of TTFT, TBT and KV that is kept for the more urgent, and for tenants that had no more
+            than their part, when there are any; ``per_request`` only.
+        caution: standard deviations by which more answers are expected to be in flight than on average;
+            ``per_request`` only.
         slo: promised to those that no rule names.
         slos: the first that fits counts.
     """
@@ -44,6 +48,8 @@ class Scheduling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     min_prefill_tokens: int = 0
     emergency_seconds: float = 120.0
     emergency_kv: float = 2.0
+    reserve: float = 0.1
+    caution: float = 1.0
     slo: Slo = Slo()
     slos: tuple[SloRule, ...] = ()
 

@@ -24,10 +24,14 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Estimators:
-    """All that is learned, and how good it was."""
+    """All that is learned, and how good it was.
+
+    `transfer` is of copied prefixes; `handover` of what is left of a prompt's KV to send when it is computed.
+    """
 
     prefill: PrefillEstimator = field(default_factory=PrefillEstimator)
     step: StepEstimator = field(default_factory=StepEstimator)
     transfer: TransferEstimator = field(default_factory=TransferEstimator)
+    handover: TransferEstimator = field(default_factory=TransferEstimator)
     lengths: OutputLengths = field(default_factory=OutputLengths)
     calibration: Calibration = field(default_factory=Calibration)

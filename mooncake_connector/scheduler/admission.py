@@ -1,0 +1,271 @@
+"""Who is let in: early rejection (arXiv 2407.00079v3, section 7), and ours, that looks at each request.
+
+A decode engine's load is the larger of time per token over what is promised, and of KV taken over all KV.
+"""
+
+import math
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from mooncake_connector.scheduler.base import Arrival, Rejected
+from mooncake_connector.scheduler.decode_table import Answer, Floats
+from mooncake_connector.scheduler.estimators import Estimators
+from mooncake_connector.scheduler.fairness import Usage
+from mooncake_connector.scheduler.ledger import Ledger
+from mooncake_connector.scheduler.routing import Route, Router
+from mooncake_connector.scheduler.scheduling import Scheduling
+
+# How long an answer is taken to last before any ended, seconds.
+LASTING = 10.0
+# How long an answer lasted counts for 1/e after so many others.
+MEMORY = 200
+# Where in the answer it is looked whether promises are kept, as shares of the length that 81% do not exceed.
+STAGES = np.array([0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
+# When room is looked for, seconds after the prompt would be computed.
+LATER = np.array([0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0])
+# Other decode engines that are looked at when the best one has no room.
+OTHERS = 2
+# Whoever is rejected is told to come back no sooner, seconds.
+SOONEST = 1.0
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """Not now.
+
+    Attributes:
+        wait: predicted seconds after which it would be let in; None: waiting does not help.
+    """
+
+    rejected: Rejected
+    wait: float | None = None
+
+
+class Ahead(msgspec.Struct, frozen=True):
+    """Those that wait before a request.
+
+    Attributes:
+        requests: how many.
+        tokens: of KV that they will need.
+    """
+
+    requests: int = 0
+    tokens: float = 0.0
+
+
+NOBODY = Ahead()
+
+
+class Load(msgspec.Struct, frozen=True):
+    """What is predicted of a promise; more than the limit breaks it."""
+
+    target: Literal["ttft", "tbt", "overload"]
+    predicted: float
+    limit: float
+
+    @property
+    def share(self) -> float:
+        return self.predicted / self.limit
+
+    def rejected(self, retry_after: float) -> Rejected:
+        """What the client is told."""
+        return Rejected(
+            target=self.target,
+            predicted=self.predicted,
+            limit=self.limit,
+            retry_after=max(SOONEST, retry_after),
+        )
+
+
+class Gate:
+    """Judges routes. ``none`` lets everybody in, any other mode nobody above the emergency threshold.
+
+    - ``baseline``: TTFT at arrival; decode when the prompt is computed, which may have been in vain.
+    - ``early``: at arrival TTFT, and the mean load of decode engines as it is now.
+    - ``predicted``: the same for the moment when the prompt is computed, if every answer takes the mean time.
+    - ``per_request``: at arrival, for all of this answer, by the lengths predicted of each one in flight.
+
+    Nobody is rejected where nothing is in flight.
+    """
+
+    def __init__(
+        self, settings: Scheduling, ledger: Ledger, router: Router, estimators: Estimators, usage: Usage
+    ) -> None:
+        self._settings = settings
+        self._mode = settings.admission
+        self._ledger = ledger
+        self._router = router
+        self._step = estimators.step
+        self._usage = usage
+        self._lasting = LASTING
+
+    def lasted(self, seconds: float) -> None:
+        """An answer took so long from its first token to its last."""
+        self._lasting += (seconds - self._lasting) / MEMORY
+
+    def judge(
+        self,
+        arrival: Arrival,
+        route: Route,
+        answer: Answer,
+        now: float,
+        *,
+        waited: float = 0.0,
+        aged: Ahead = NOBODY,
+        ahead: Ahead = NOBODY,
+    ) -> Route | Refusal:
+        """A route that keeps all promises: this one, or with another decode engine; or why there is none.
+
+        Args:
+            waited: seconds since it came.
+            aged: those that it must not pass.
+            ahead: all whose turn is before its own.
+        """
+        if self._mode == "none" or self._idle(route):
+            return route
+        if emergency := self._emergency(route):
+            return Refusal(emergency)
+        limit = arrival.slo.ttft_of(arrival.tokens)
+        share = self._share(arrival)
+        ttft = Load("ttft", waited + route.ttft, limit)
+        # The reserve is of what all share: what a prompt takes itself is not held against it.
+        if ttft.share > 1 or route.queue > share * (limit - waited - route.ttft + route.queue):
+            return Refusal(ttft.rejected(ttft.predicted - share * limit))
+        if self._mode == "baseline":
+            return route
+        if self._mode != "per_request":
+            load = self._pool(arrival, route, now)
+            return Refusal(load.rejected(0.0)) if load.share > 1 else route
+        return self._per_request(arrival, route, answer, share, now, aged, ahead)
+
+    def rejudge(self, arrival: Arrival, route: Route, now: float) -> Rejected | None:
+        """After the prompt was computed: ``baseline`` looks at decode only now."""
+        if self._mode != "baseline" or route.decode not in self._ledger.instances:
+            return None
+        slot = self._ledger.decode(route.decode)
+        if not slot.batch:
+            return None
+        load = self._load(arrival, route.decode, slot.batch, slot.context(now) + arrival.tokens)
+        return load.rejected(0.0) if load.share > 1 else None
+
+    def _idle(self, route: Route) -> bool:
+        answers = self._ledger.decode(route.decode).requests
+        return not answers and not len(self._ledger.prompts(route.computes))
+
+    def _emergency(self, route: Route) -> Rejected | None:
+        settings = self._settings
+        queue = Load("overload", route.queue, settings.emergency_seconds)
+        if queue.share > 1:
+            return queue.rejected(queue.predicted - queue.limit)
+        slots = [self._ledger.decode(writer.name) for writer in self._ledger.writers()]
+        committed = sum(slot.committed for slot in slots if slot.capacity)
+        capacity = sum(slot.capacity for slot in slots)
+        if not capacity:
+            return None
+        kv = Load("overload", committed / capacity, settings.emergency_kv)
+        return kv.rejected(self._lasting * (1 - 1 / kv.share)) if kv.share > 1 else None
+
+    def _share(self, arrival: Arrival) -> float:
+        """The part of all that it may take: the last is for the urgent, and for modest tenants."""
+        if self._mode != "per_request":
+            return 1.0
+        bound = self._usage.above(arrival.priority) or self._usage.over(arrival.tenant)
+        return 1.0 - self._settings.reserve if bound else 1.0
+
+    def _pool(self, arrival: Arrival, route: Route, now: float) -> Load:
+        """Mean load of decode engines with this request in addition."""
+        if self._mode == "early":
+            found = self._ledger.all_at(now, now)
+        else:
+            found = self._ledger.lasting(now + route.ttft, self._lasting, now)
+        loads = [
+            self._load(arrival, writer.name, batch, context + arrival.tokens)
+            for writer, batch, context in zip(
+                self._ledger.writers(), found.batch.tolist(), found.context.tolist(), strict=True
+            )
+        ]
+        worst = max(loads, key=lambda load: load.share)
+        mean = sum(load.share for load in loads) / len(loads)
+        return Load(worst.target, mean * worst.limit, worst.limit)
+
+    def _load(self, arrival: Arrival, name: str, others: float, context: float) -> Load:
+        """One decode engine's with a batch of this request and others."""
+        tbt = Load("tbt", self._step.seconds(name, round(others) + 1, int(context)), arrival.slo.tbt)
+        capacity = self._ledger.decode(name).capacity
+        kv = Load("overload", context / capacity if capacity else 0.0, 1.0)
+        return max(tbt, kv, key=lambda load: load.share)
+
+    def _per_request(
+        self,
+        arrival: Arrival,
+        route: Route,
+        answer: Answer,
+        share: float,
+        now: float,
+        aged: Ahead,
+        ahead: Ahead,
+    ) -> Route | Refusal:
+        worst = self._whole(arrival, route, answer, now, aged)
+        if worst.share <= share:
+            return route
+        if route.computes != route.decode:
+            for other in self._others(arrival, route, now):
+                if self._whole(arrival, other, answer, now, aged).share <= share:
+                    return other
+        wait = self._wait(arrival, route, answer, share, now, ahead)
+        load = Load(worst.target, worst.predicted, worst.limit * share)
+        return Refusal(load.rejected(wait), wait)
+
+    def _others(self, arrival: Arrival, route: Route, now: float) -> list[Route]:
+        instances = self._ledger.instances
+        group = instances[route.decode].group
+        views = [
+            view
+            for view in self._ledger.decode_at(now + route.ttft, now)
+            if view.group == group and view.name != route.decode and view.name not in arrival.avoid
+            if instances[view.name].side == "decode"
+        ]
+        routes = [self._router.redecode(route, arrival, view) for view in views]
+        return sorted(routes, key=lambda other: other.tbt)[:OTHERS]
+
+    def _whole(self, arrival: Arrival, route: Route, answer: Answer, now: float, aged: Ahead) -> Load:
+        """What comes nearest to breaking a promise while this answer is written, its own or another's."""
+        slot = self._ledger.decode(route.decode)
+        own = STAGES * answer.ends[-2]
+        # No faster than promised: whoever is let in may slow it down to that.
+        moments = now + route.ttft + own * max(route.tbt, slot.pace)
+        batch, context = self._crowd(route.decode, moments, now, aged)
+        context = context + arrival.tokens + own
+        limit = min(arrival.slo.tbt, self._ledger.strictest(route.decode))
+        paces = np.array(
+            [
+                self._step.seconds(route.decode, math.ceil(others) + 1, int(tokens))
+                for others, tokens in zip(batch.tolist(), context.tolist(), strict=True)
+            ]
+        )
+        # The promise is of the mean over an answer; answers end at any of the stages.
+        means = np.cumsum((paces[1:] + paces[:-1]) / 2 * np.diff(STAGES)) / STAGES[1:]
+        tbt = Load("tbt", float(means.max()), limit)
+        kv = Load("overload", float(context.max()) / slot.capacity if slot.capacity else 0.0, 1.0)
+        return max(tbt, kv, key=lambda load: load.share)
+
+    def _wait(
+        self, arrival: Arrival, route: Route, answer: Answer, share: float, now: float, ahead: Ahead
+    ) -> float:
+        """Seconds until its decode engine is predicted to have room for it and for those ahead of it."""
+        batch, context = self._crowd(route.decode, now + route.ttft + LATER, now, ahead)
+        need = arrival.tokens + answer.mean
+        for later, others, tokens in zip(LATER.tolist(), batch.tolist(), context.tolist(), strict=True):
+            if self._load(arrival, route.decode, others, tokens + need).share <= share:
+                return float(later)
+        return float(LATER[-1])
+
+    def _crowd(self, name: str, moments: Floats, now: float, ahead: Ahead) -> tuple[Floats, Floats]:
+        """Batch and context of an engine at some moments, with caution and its part of those ahead."""
+        found = self._ledger.decode_over(name, moments, now)
+        more = self._settings.caution * found.spread
+        engines = len(self._ledger.writers())
+        batch = found.batch + more + ahead.requests / engines
+        each = found.context / np.maximum(found.batch, 1.0)
+        return batch, found.context + more * each + ahead.tokens / engines
