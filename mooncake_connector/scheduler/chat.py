@@ -1,12 +1,12 @@
 """A chat request's prompt as text, rendered as vLLM renders it (vllm/renderers/hf.py and chat_utils.py)."""
 
-import inspect
 import json
 import uuid
 from typing import Any
 
 from mooncake_connector.scheduler.chat_format import Format, content_format, variables
 from mooncake_connector.scheduler.openai import ClientRequest
+from mooncake_connector.scheduler.tokenizer_files import TokenizerFiles
 
 Json = dict[str, Any]
 
@@ -21,6 +21,19 @@ _FUNCTION = ("name", "description", "parameters", "strict")
 _MEDIA = {"image_url": "image", "input_image": "image", "image_pil": "image", "image_embeds": "image"}
 _MEDIA |= {"audio_url": "audio", "input_audio": "audio", "audio_embeds": "audio"}
 _MEDIA |= {"video_url": "video", "video_embeds": "video", "prompt_embeds": "embeds"}
+# What transformers' apply_chat_template takes whether or not the template knows it, and what vLLM sets.
+_ALWAYS = frozenset({"documents", "add_generation_prompt", "continue_final_message"})
+_NOT_THE_CLIENTS = {
+    "conversation",
+    "conversations",
+    "tools",
+    "chat_template",
+    "tokenize",
+    "padding",
+    "truncation",
+}
+_NOT_THE_CLIENTS |= {"max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
+_NOT_THE_CLIENTS |= {"tokenizer_kwargs"}
 # Where what is not text begins; no client can know it.
 _CUT = f"mooncake-{uuid.uuid4().hex}"
 _BILLING = "x-anthropic-billing-header"
@@ -34,18 +47,19 @@ class ChatTemplate:
     """Turns chat requests into text.
 
     Args:
-        tokenizer: a transformers tokenizer, whose ``apply_chat_template`` does the work.
-        template: in place of the tokenizer's own, as vLLM's ``--chat-template``.
-        processor_template: that of the model's processor: vLLM prefers it where no tools are given.
+        files: the model's own templates and special tokens.
+        template: in place of them, as vLLM's ``--chat-template``.
+
+    Raises:
+        ImportError: transformers or jinja2 is not installed.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None, processor_template: str | None = None):
-        self._tokenizer = tokenizer
+    def __init__(self, files: TokenizerFiles, template: str | None = None) -> None:
+        from transformers.utils import chat_template_utils
+
+        self._render = chat_template_utils.render_jinja_template
+        self._files = files
         self._template = template
-        self._processor_template = processor_template
-        parameters = set(inspect.signature(tokenizer.apply_chat_template).parameters)
-        self._own = frozenset({"documents", "add_generation_prompt", "continue_final_message"})
-        self._not_the_clients = (parameters | {"tools", "chat_template", "tokenize"}) - self._own
 
     def render(self, request: ClientRequest) -> tuple[str, bool]:
         """The prompt's text, and whether it is all: False if it ends where a picture or the like would come.
@@ -55,34 +69,46 @@ class ChatTemplate:
             Exception: whatever the template raises for messages it doesn't like.
         """
         messages, tools = request.get("messages"), request.get("tools")
-        if not isinstance(messages, list) or request.get("chat_template") is not None:
+        if not isinstance(messages, list) or not messages or request.get("chat_template") is not None:
             raise Unknown
         tools = None if tools is None else [_tool(tool) for tool in tools]
-        template = self._resolve(tools)
+        template = self._choose(tools)
         conversation, whole = _conversation(messages, content_format(template))
         if any(message["role"] == "developer" for message in conversation) and not (
             '"developer"' in template or "'developer'" in template
         ):
             conversation = _one_system_message(conversation)
-        text: str = self._tokenizer.apply_chat_template(
-            conversation,
+        arguments = self._arguments(request, template)
+        if arguments["add_generation_prompt"] and arguments["continue_final_message"]:
+            raise Unknown
+        ((text,), _) = self._render(
+            conversations=[conversation],
             tools=tools,
             chat_template=template,
-            tokenize=False,
-            **self._arguments(request, template),
+            **self._files.special | arguments,
         )
-        return (text, True) if whole else (text.partition(_CUT)[0], False)
+        if whole:
+            return text, True
+        known, cut, _ = text.partition(_CUT)
+        if not cut:
+            raise Unknown
+        return known, False
 
-    def _resolve(self, tools: list[Json] | None) -> str:
-        template = self._template
-        if template is None and tools is None:
-            template = self._processor_template
-        found: str = template or self._tokenizer.get_chat_template(None, tools=tools)
+    def _choose(self, tools: list[Json] | None) -> str:
+        named = self._files.templates
+        found = self._template
+        if found is None and tools is None:
+            found = self._files.processor_template
+        elif found is None:
+            found = named.get("tool_use")
+        found = found or named.get("default")
+        if found is None:
+            raise Unknown
         return found
 
     def _arguments(self, request: ClientRequest, template: str) -> Json:
         own: Json = request.get("chat_template_kwargs") or {}
-        if own.keys() & self._not_the_clients:
+        if own.keys() & _NOT_THE_CLIENTS:
             raise Unknown
         effort = request.get("reasoning_effort")
         more: Json = {
@@ -93,7 +119,7 @@ class ChatTemplate:
         }
         if effort is not None and "enable_thinking" not in own:
             more["enable_thinking"] = effort != "none"
-        known = self._own | variables(template)
+        known = _ALWAYS | variables(template)
         # "auto" and null count as not given, wherever they stand.
         given = {name: value for name, value in (own | _given(more)).items() if name in known}
         return _given(given)

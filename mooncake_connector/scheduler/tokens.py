@@ -1,14 +1,12 @@
 """The prompt's token ids in the proxy, exactly as vLLM will compute them, off the event loop.
 
-The tokenizer is `transformers.AutoTokenizer`, as in vLLM; it is imported when the first one is loaded, in a
-thread. What can't be told exactly is not told: the proxy then estimates.
+What can't be told exactly is not told: the proxy then estimates.
 """
 
 import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,11 +15,10 @@ import numpy.typing as npt
 from mooncake_connector.scheduler.chat import ChatTemplate
 from mooncake_connector.scheduler.openai import CHAT, ClientRequest
 from mooncake_connector.scheduler.segments import Segments
+from mooncake_connector.scheduler.tokenizer_files import TokenizerFiles, read
 
 log = logging.getLogger(__name__)
 
-# vLLM renders chats of these without their template, if they have one.
-_OTHER_RENDERERS = ("DeepseekV32", "DeepseekV4", "GptOss", "Inkling", "KimiK3", "MoonshotKimia")
 _LIST_SLICE = 1 << 16
 
 _ids = msgspec.json.Decoder(list[int])
@@ -44,28 +41,21 @@ class Tokenizer:
     """What vLLM does with a prompt before its engine gets it.
 
     Args:
-        path: the model's folder.
+        files: what the model's folder says.
         chat_template: in place of its own, as vLLM's ``--chat-template`` (the template, not a file's name).
         cache_bytes: for texts tokenised before.
 
     Raises:
         ImportError: transformers is not installed.
-        Exception: whatever transformers raises for a folder without a tokenizer.
     """
 
-    def __init__(self, path: str, chat_template: str | None = None, cache_bytes: int = 64 << 20) -> None:
-        from transformers import AutoTokenizer
+    def __init__(
+        self, files: TokenizerFiles, chat_template: str | None = None, cache_bytes: int = 64 << 20
+    ) -> None:
+        from tokenizers import Tokenizer as Backend
 
-        folder = Path(path)
-        if (folder / "tekken.json").exists() or any(folder.glob("tokenizer.model.v*")):
-            raise ValueError("vLLM has Mistral's own tokenizer for it")
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, truncation_side="left")
-        if not tokenizer.is_fast:
-            raise ValueError("it is a slow one")
-        self._segments = Segments(tokenizer.backend_tokenizer, cache_bytes)
-        self._chat: ChatTemplate | None = None
-        if not _renders_otherwise(folder):
-            self._chat = ChatTemplate(tokenizer, chat_template, _processor_template(folder))
+        self._segments = Segments(Backend.from_str(files.tokenizer), cache_bytes)
+        self._chat = ChatTemplate(files, chat_template)
 
     def prompt(self, request: ClientRequest) -> Prompt | None:
         """The prompt's token ids.
@@ -76,8 +66,6 @@ class Tokenizer:
         return self._of_chat(request) if request.path == CHAT else self._of_completion(request)
 
     def _of_chat(self, request: ClientRequest) -> Prompt | None:
-        if self._chat is None:
-            return None
         special = request.get("add_special_tokens") is True
         text, whole = self._chat.render(request)
         if whole:
@@ -121,16 +109,15 @@ class Tokens:
         self._cache_bytes = cache_bytes
         self._under_way = 0
         self._tokenizer: Tokenizer | None = None
-        self._loading: asyncio.Future[None] | None = None
+        self._loading: asyncio.Task[None] | None = None
 
     def offer(self, path: str) -> None:
         """An engine's own model: its tokenizer is taken if none was named and it is readable here.
 
-        Loading goes on in a thread; call it in the event loop, as often as you like.
+        Loading goes on in a process and a thread; call it in the event loop, as often as you like.
         """
         if self._loading is None and (self._path or Path(path).is_dir()):
-            loop = asyncio.get_running_loop()
-            self._loading = loop.run_in_executor(self._pool, self._load, self._path or path)
+            self._loading = asyncio.create_task(self._load(self._path or path))
 
     async def loaded(self) -> bool:
         """Whether there is a tokenizer, once the loading that `offer` began has ended."""
@@ -154,7 +141,9 @@ class Tokens:
         return await asyncio.shield(future)
 
     def close(self) -> None:
-        """Let go of the threads."""
+        """Let go of the threads, and of a tokenizer that is being loaded."""
+        if self._loading is not None:
+            self._loading.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _done(self, future: asyncio.Future[Prompt | None]) -> None:
@@ -170,9 +159,13 @@ class Tokens:
             log.debug("a prompt's tokens can't be told: %s: %s", type(error).__name__, error)
             return None
 
-    def _load(self, path: str) -> None:
+    async def _load(self, path: str) -> None:
         try:
-            self._tokenizer = Tokenizer(path, self._chat_template, self._cache_bytes)
+            files = await read(path)
+            loop = asyncio.get_running_loop()
+            self._tokenizer = await loop.run_in_executor(
+                self._pool, Tokenizer, files, self._chat_template, self._cache_bytes
+            )
         except Exception as error:
             log.warning(
                 "prompts are not tokenised, their lengths are estimated and their prefixes not known: "
@@ -205,17 +198,3 @@ def _array(ids: list[int]) -> npt.NDArray[np.uint32]:
     for start in range(0, len(ids), _LIST_SLICE):
         found[start : start + _LIST_SLICE] = ids[start : start + _LIST_SLICE]
     return found
-
-
-def _renders_otherwise(folder: Path) -> bool:
-    names: Any = _json(folder / "config.json").get("architectures") or []
-    return any(name.startswith(_OTHER_RENDERERS) for name in names)
-
-
-def _processor_template(folder: Path) -> str | None:
-    found = _json(folder / "chat_template.json").get("chat_template")
-    return found if isinstance(found, str) else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) if path.is_file() else {}

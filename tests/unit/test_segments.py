@@ -42,7 +42,7 @@ def reference(kind: str):
     return make(kind)
 
 
-@pytest.fixture(params=[1, 40, segments.SHORTEST_PIECE])
+@pytest.fixture(params=[1, segments.SHORTEST_PIECE])
 def shortest(request, monkeypatch):
     monkeypatch.setattr(segments, "SHORTEST_PIECE", request.param)
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 
 from mooncake_connector.scheduler.conversation import conversation_key, salt
 from mooncake_connector.scheduler.openai import CHAT, COMPLETIONS, ClientRequest
-from mooncake_connector.scheduler.tokens import Prompt, Tokens
+from mooncake_connector.scheduler.tokenizer_files import TokenizerFiles, _templates
+from mooncake_connector.scheduler.tokens import Prompt, Tokenizer, Tokens
 from tests.unit.chat_templates import TEMPLATES
 from tests.unit.tiny_tokenizers import make
 
@@ -28,28 +30,28 @@ def chat(*messages: dict[str, Any] | str, **fields: Any) -> ClientRequest:
     return ClientRequest.parse(CHAT, json.dumps({"messages": listed, **fields}).encode())
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model's folder without the model, by the chat template's name."""
-    from transformers import PreTrainedTokenizerFast
-
-    found = {name: tmp_path_factory.mktemp(name) for name in TEMPLATES}
-    for name, folder in found.items():
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=make("byte_level"), bos_token="<s>", eos_token="</s>"
-        )
-        tokenizer.chat_template = TEMPLATES[name]
-        tokenizer.save_pretrained(folder)
-    return found
+def with_template(name: str) -> Tokens:
+    tokens = Tokens()
+    files = TokenizerFiles(make("byte_level").to_str(), {"bos_token": "<s>"}, {"default": TEMPLATES[name]})
+    tokens._tokenizer = Tokenizer(files)
+    return tokens
 
 
 @pytest.fixture
-async def tokens(folders: dict[str, Path]):
-    found = Tokens(str(folders["parts"]))
-    found.offer("the model as the engine names it")
-    assert await found.loaded()
+def tokens() -> Iterator[Tokens]:
+    found = with_template("parts")
     yield found
     found.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model's folder without the model."""
+    (tmp_path / "tokenizer.json").write_text(make("byte_level").to_str())
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["parts"])
+    return tmp_path
 
 
 def whole(text: str, special: bool = True) -> list[int]:
@@ -119,46 +121,87 @@ async def test_what_is_not_told(tokens: Tokens, request_: ClientRequest):
     assert found is None or (request_.path, found.ids.size) == (COMPLETIONS, 0)
 
 
-async def test_the_template_may_refuse(folders: dict[str, Path]):
-    tokens = Tokens(str(folders["plain"]))
-    tokens.offer("")
-    assert await tokens.loaded()
+async def test_the_template_may_refuse():
+    tokens = with_template("plain")
     assert await tokens.ids(chat("a")) is not None
     assert await tokens.ids(chat({"role": "tool", "content": "a"})) is None
     assert await tokens.ids(chat({"role": "user", "content": [PICTURE]})) is None  # nothing to cut it at
     tokens.close()
 
 
-async def test_the_first_readable_offer_is_taken(folders: dict[str, Path], caplog: pytest.LogCaptureFixture):
+async def test_the_first_readable_offer_is_taken(folder: Path, caplog: pytest.LogCaptureFixture):
     tokens = Tokens()
     tokens.offer("an-organisation/a-model")
     assert not await tokens.loaded()
-    tokens.offer(str(folders["macro"]))
+    tokens.offer(str(folder))
+    tokens.offer("/")
     assert await tokens.loaded()
+    expected = "<s><|im_start|>user\nhello<|im_end|><|im_start|>assistant\n"
+    assert listed(await tokens.ids(chat("hello"))) == (whole(expected, False), True)
     assert not caplog.records
     tokens.close()
 
 
 async def test_a_folder_without_a_tokenizer_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "tekken.json").touch()
     tokens = Tokens(str(tmp_path))
     for _ in range(3):
         tokens.offer("anything")
         assert not await tokens.loaded()
     (record,) = [record for record in caplog.records if record.name.startswith("mooncake")]
-    assert str(tmp_path) in record.message
+    assert str(tmp_path) in record.getMessage()
+    assert "Mistral" in record.getMessage()
     tokens.close()
 
 
-async def test_chats_that_vllm_renders_without_the_template(folders: dict[str, Path], tmp_path: Path):
-    for file in folders["plain"].iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "config.json").write_text('{"architectures": ["GptOssForCausalLM"], "model_type": "llama"}')
-    tokens = Tokens(str(tmp_path))
+async def test_a_reader_does_not_outlive_the_proxy(folder: Path):
+    tokens = Tokens(str(folder))
     tokens.offer("")
-    assert await tokens.loaded()
+    await until(children)
+    mine = children()
+    tokens.close()
+    assert not await tokens.loaded()
+    await until(lambda: not children() & mine)
+
+
+async def until(check: Callable[[], Any]) -> None:
+    for _ in range(1000):
+        if check():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("not within 10 s")
+
+
+def children() -> set[str]:
+    return set(Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split())
+
+
+def test_models_that_vllm_renders_by_code_have_no_template():
+    assert _templates("t", ["LlamaForCausalLM"]) == {"default": "t"}
+    assert _templates({"default": "t", "tool_use": "u"}, None) == {"default": "t", "tool_use": "u"}
+    assert _templates("t", ["GptOssForCausalLM"]) == _templates(None, None) == {}
+
+
+async def test_without_a_template_only_completions_are_told():
+    tokens = Tokens()
+    tokens._tokenizer = Tokenizer(TokenizerFiles(make("byte_level").to_str()))
     assert await tokens.ids(chat("a")) is None
     assert await tokens.ids(completion("a")) is not None
     tokens.close()
+
+
+async def test_the_engines_template_goes_before_all_and_the_processors_where_there_are_no_tools():
+    files = TokenizerFiles(
+        make("byte_level").to_str(), {}, {"default": "default", "tool_use": "tools"}, "processor"
+    )
+    plain = chat("a")
+    tooled = chat("a", tools=[{"type": "function", "function": {"name": "f"}}])
+    for mine, expected in ((None, ["processor", "tools"]), ("engine", ["engine", "engine"])):
+        tokens = Tokens()
+        tokens._tokenizer = Tokenizer(files, mine)
+        found = [await tokens.ids(request) for request in (plain, tooled)]
+        assert [listed(prompt)[0] for prompt in found] == [whole(text, False) for text in expected]
+        tokens.close()
 
 
 async def test_too_many_at_once_are_not_told(tokens: Tokens, monkeypatch: pytest.MonkeyPatch):
