@@ -80,7 +80,8 @@ def _words(tokens: Tokens) -> Words:
 
 
 def _mixed(words: Words) -> Words:
-    """Each word's bits spread over all 64 (the finalizer of splitmix64, a bijection)."""
+    """Each word's bits spread over all 64 (a step of splitmix64, a bijection). Zero does not stay zero."""
+    words = words + np.uint64(MULTIPLIER)
     words = (words ^ (words >> _SHIFTS[0])) * _FACTORS[0]
     words = (words ^ (words >> _SHIFTS[1])) * _FACTORS[1]
     return words ^ (words >> _SHIFTS[2])

@@ -54,9 +54,9 @@ def test_no_two_of_many_blocks_share_a_key():
     rng = random.Random(1)
     noise = [rng.randrange(3) for _ in range(64_000)]  # poor in tokens, rich in blocks
     steps = list(range(64_000))
-    repeated = [7] * 64_000
-    found = [key for prompt in (noise, steps, repeated) for key in keys(prompt, 16)]
-    assert len(set(found)) == len(found) == 12_000
+    repeated = [[token] * 64_000 for token in (0, 1, 7)]
+    found = [key for prompt in (noise, steps, *repeated) for key in keys(prompt, 16)]
+    assert len(set(found)) == len(found) == 20_000
 
 
 def test_salts_keep_prompts_apart():
