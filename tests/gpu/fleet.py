@@ -90,12 +90,12 @@ def own_ports(count: int) -> list[int]:
     """
     found: list[int] = []
     for first in range(FIRST_PORT, 10_000, PORTS):
+        if len(found) == count:
+            return found
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for port in (first, first + 1):
                 stack.enter_context(socket.socket()).bind(("", port))
             found.append(first)
-        if len(found) >= count:
-            return found
     raise RuntimeError(f"no {count} blocks of ports are free between {FIRST_PORT} and 10000")
 
 

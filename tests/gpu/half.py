@@ -1,5 +1,6 @@
 """One end of a transfer in a process of its own: a transfer engine, and one piece of memory of some kind."""
 
+import os
 import threading
 import time
 from typing import Any
@@ -70,6 +71,10 @@ class Vmm:
         return result[1] if len(result) > 1 else None
 
 
+COPY = "MOONCAKE_CUDA_COPY"
+"""In a process's environment: the `cuda_copy` of its engine."""
+
+
 class Half:
     """Target or initiator.
 
@@ -91,7 +96,7 @@ class Half:
             assert self.memory.data_ptr() == self._vmm.address, "torch made a copy"
         else:
             self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self.engine = TransferEngine(TransferConfig(path=path))
+        self.engine = TransferEngine(TransferConfig(path=path, cuda_copy=os.environ.get(COPY, "auto")))
         self.peers: dict[str, Peer] = {}
         self._storm: threading.Thread | None = None
         self._stop = threading.Event()

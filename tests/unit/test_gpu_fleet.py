@@ -49,6 +49,7 @@ def test_a_block_that_somebody_uses_is_left_out() -> None:
 
 def test_a_block_is_not_what_others_choose_from() -> None:
     assert FIRST_PORT > 1024
+    assert own_ports(0) == []
     assert max(own_ports(2 * len(SHAPES))) + PORTS <= 10_000
 
 
