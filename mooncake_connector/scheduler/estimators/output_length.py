@@ -22,14 +22,23 @@ LONGEST = 1 << 20
 BINS_PER_OCTAVE = 4
 MEMORY = 2000.0
 """An answer counts 1/e in a node after that many others there."""
-PRIOR_OBSERVATIONS = 10.0
-MEDIAN, SHAPE = 200.0, 1.2
-"""Before any answer: log-logistic, so that 6% are longer than 10 times the median."""
+PRIOR_OBSERVATIONS = 5.0
+MEDIAN, SHAPE = 200.0, 1.5
+"""Before any answer: log-logistic, so that 3% are longer than 10 times the median."""
 CONVERSATIONS, NODES = 10_000, 4096
 """What is remembered; those not used for longest are forgotten."""
-LEVELS = ("all", "model and endpoint", "max_tokens", "prompt length", "tenant", "conversation")
-LEARNING_RATE = 0.05
-WEAKEST, STRONGEST = math.log(1.0), math.log(1e4)
+LEVELS = (
+    "all",
+    "model and endpoint",
+    "max_tokens",
+    "prompt length",
+    "tenant",
+    "last answer",
+    "conversation",
+)
+CONVERSATION = len(LEVELS) - 1
+LEARNING_RATE = 0.1
+WEAKEST, STRONGEST = math.log(0.1), math.log(1e4)
 
 
 def _edges() -> list[int]:
@@ -161,7 +170,7 @@ class OutputLengths:
         at = min(bisect_left(EDGES, output_tokens), BINS) - 1
         cut = 0 < arrival.max_tokens <= output_tokens
         hazards = _PRIOR
-        for level, key in enumerate(_keys(arrival)):
+        for level, key in enumerate(self._keys(arrival)):
             if key is None:
                 continue
             node = self._touch(level, key)
@@ -173,23 +182,41 @@ class OutputLengths:
                     moved = strength + LEARNING_RATE * max(-1.0, min(1.0, slope))
                     self._strengths[level] = max(WEAKEST, min(STRONGEST, moved))
                 hazards = shrunk
-            node.add(at, cut)
+            node.add(at, cut, _SPREAD if level == CONVERSATION else _EXACT)
+            node.last = at
 
     def strengths(self) -> dict[str, float]:
         """How many answers of its own a node of each level needs to count as much as its parent does."""
         return {level: math.exp(value) for level, value in zip(LEVELS, self._strengths, strict=True)}
 
     def _path(self, arrival: Arrival) -> list["_Node | None"]:
-        last = len(LEVELS) - 1
         return [
-            (self._conversations if level == last else self._nodes).get(key) if key is not None else None
-            for level, key in enumerate(_keys(arrival))
+            (self._conversations if level == CONVERSATION else self._nodes).get(key)
+            if key is not None
+            else None
+            for level, key in enumerate(self._keys(arrival))
+        ]
+
+    def _keys(self, arrival: Arrival) -> list[Hashable | None]:
+        """The nodes of one request, one for each of `LEVELS`; None: it does not say."""
+        kind = (arrival.model, arrival.endpoint)
+        limit = arrival.max_tokens.bit_length()
+        conversation = (arrival.tenant, arrival.conversation) if arrival.conversation else None
+        known = self._conversations.get(conversation)
+        return [
+            "all",
+            ("kind", kind),
+            ("limit", kind, limit),
+            ("prompt", kind, limit, arrival.tokens.bit_length()),
+            ("tenant", kind, arrival.tenant) if arrival.tenant else None,
+            ("last", kind, known.last // 2) if known else None,
+            conversation,
         ]
 
     def _touch(self, level: int, key: Hashable) -> "_Node":
-        nodes, most = (
-            (self._conversations, CONVERSATIONS) if level == len(LEVELS) - 1 else (self._nodes, NODES)
-        )
+        nodes, most = self._nodes, NODES
+        if level == CONVERSATION:
+            nodes, most = self._conversations, CONVERSATIONS
         node = nodes.pop(key, None)
         if node is None:
             node = _Node()
@@ -199,34 +226,26 @@ class OutputLengths:
         return node
 
 
-def _keys(arrival: Arrival) -> list[Hashable | None]:
-    """The nodes of one request, one for each of `LEVELS`; None: it does not say."""
-    kind = (arrival.model, arrival.endpoint)
-    limit = arrival.max_tokens.bit_length()
-    return [
-        "all",
-        ("kind", kind),
-        ("limit", kind, limit),
-        ("prompt", kind, limit, arrival.tokens.bit_length()),
-        ("tenant", kind, arrival.tenant) if arrival.tenant else None,
-        (arrival.tenant, arrival.conversation) if arrival.conversation else None,
-    ]
-
-
 class _Node:
-    """What came of the answers of one kind: by bin how many ended there, and how many got there."""
+    """What came of the answers of one kind: by bin how many ended there, and how many got there.
 
-    __slots__ = ("_ended", "_got_there", "answers")
+    Attributes:
+        answers: how many there were, the old ones counting less.
+        last: the bin of the last one.
+    """
+
+    __slots__ = ("_ended", "_got_there", "answers", "last")
 
     def __init__(self) -> None:
-        self.answers = 0.0
+        self.answers, self.last = 0.0, 0
         self._ended, self._got_there = np.zeros(BINS), np.zeros(BINS)
 
     def hazards(self, parent: Array, strength: float) -> Array:
         """The chance to end in each bin, given that it is reached."""
         return (self._ended + strength * parent) / (self._got_there + strength)
 
-    def add(self, at: int, cut: bool) -> None:
+    def add(self, at: int, cut: bool, kernel: tuple[Array, Array]) -> None:
+        """One answer ended in bin `at`, or was cut off there; `kernel`: how it counts for other bins."""
         keep = 1 - 1 / MEMORY
         self.answers = self.answers * keep + 1
         self._ended *= keep
@@ -234,8 +253,9 @@ class _Node:
         if cut:
             self._got_there[:at] += 1
         else:
-            self._ended += _ENDED[at]
-            self._got_there += _GOT_THERE[at]
+            ended, got_there = kernel
+            self._ended += ended[at]
+            self._got_there += got_there[at]
 
     def slope(self, parent: Array, shrunk: Array, strength: float, at: int, cut: bool) -> float:
         """By how much the log-likelihood of an answer grows with the logarithm of `strength`."""
@@ -244,8 +264,8 @@ class _Node:
         return slope if cut else slope + float(change[at] / shrunk[at])
 
 
-def _kernels(width: int = 2) -> tuple[Array, Array]:
-    """How an answer in each bin is spread over the bins nearby: so few answers say something of others."""
+def _kernel(width: int) -> tuple[Array, Array]:
+    """For each bin, how an answer there counts for the bins up to `width` off: so that few say something."""
     ended = np.zeros((BINS, BINS))
     for at in range(BINS):
         for other in range(max(0, at - width), min(BINS, at + width + 1)):
@@ -255,7 +275,7 @@ def _kernels(width: int = 2) -> tuple[Array, Array]:
     return ended, got_there
 
 
-_ENDED, _GOT_THERE = _kernels()
+_EXACT, _SPREAD = _kernel(0), _kernel(2)
 
 
 def _prior() -> Array:

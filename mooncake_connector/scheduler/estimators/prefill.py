@@ -9,7 +9,7 @@ class PrefillCost(msgspec.Struct, frozen=True):
     """Prefill seconds: base + per_token * n + per_pair * n * (cached + n / 2), n tokens being computed.
 
     The last is attention: each token attends to all before it. As it comes: a dense model of 8 billion
-    parameters in bfloat16 on one A100 (16 GFLOP a token and 0.5 MFLOP a pair at half of 312 TFLOP/s; base: the
+    parameters in bfloat16 on one A100 (16 GFLOP a token, 0.5 MFLOP a pair, half of 312 TFLOP/s; base: the
     weights are read).
 
     Attributes:
