@@ -1,9 +1,10 @@
-"""The simulator against real engines: the same requests as in a recorded replay, and how far its figures are off.
+"""The simulator against real engines: the requests of a recorded replay, and how far its figures are off.
 
     python benchmarks/scheduler_validation.py [--results FILE] [--preset NAME]
 
-The replay is `benchmarks/serving.py`'s, as recorded in benchmarks/results/ttft-gpu.json. The simulated engines'
-costs come from other measurements of the same run (one request at a time, steady streams), never from the replay.
+The replay is `benchmarks/serving.py`'s, as recorded in benchmarks/results/ttft-gpu.json. The simulated
+engines' costs come from other measurements of the same run (one request at a time, steady streams), never
+from the replay.
 """
 
 import argparse
