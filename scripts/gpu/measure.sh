@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Measures on this machine's GPUs, one name after another; results, logs and what was printed go to a folder.
+# Measures on this machine's GPUs, one name after another; results and what was printed go to a folder, the
+# engines' logs there, too, or to the folder LOGS. With LABEL names of files end by it.
 # Each name has a time limit of its own, so that what hangs costs no more than that. Needs what
 # scripts/gpu/test.sh needs, aiohttp and uvloop, and vLLM on PYTHONPATH for all but tcp and bytes.
 #
@@ -15,6 +16,7 @@ folder=${1:?FOLDER NAME...}
 shift
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
+logs=${LOGS:-$folder}
 cd "$(dirname "$0")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python=${MOONCAKE_TEST_PYTHON:-python3}
@@ -22,6 +24,8 @@ extra=${EXTRA:-"{}"}
 label=${LABEL:+-$LABEL}
 variants=${VARIANTS:-'[{},{"cuda_copy":"copy_engine"},{"cuda_copy":"patient"},{"cuda_sms":4},{"cuda_sms":1},
   {"priority":"low"},{"threads":256,"cuda_sms":48},{"push_bytes":1099511627776}]'}
+
+commit=$(cat COMMIT 2>/dev/null || git rev-parse --short HEAD 2>/dev/null || echo unknown)
 
 limits() { # what the system lets a socket buffer grow to
     for name in core/rmem_max core/wmem_max ipv4/tcp_rmem ipv4/tcp_wmem; do
@@ -44,24 +48,24 @@ for name in "$@"; do
     tcp)
         limits
         run tcp 130 benchmarks/gpu.py --only tcp tcp-host socket pinned_copy --sweep --limit 120 \
-            --logs "$folder/tcp.log"
+            --commit "$commit" --logs "$folder/tcp.log"
         ;;
     bytes)
         # shellcheck disable=SC2086  # one word or two
-        run bytes 190 benchmarks/gpu.py --limit 180 --logs "$folder/bytes.log" \
+        run bytes 190 benchmarks/gpu.py --limit 180 --commit "$commit" --logs "$folder/bytes.log" \
             --only cuda_ipc peer_copy ${PEERS:+nixl mooncake-nvlink}
         ;;
     prefill)
         run prefill 460 benchmarks/ttft.py --gpu --only prefill --variants "$variants" --budget 430 \
-            --logs "$folder/logs-prefill"
+            --logs "$logs/logs-prefill"
         ;;
     decode)
         run decode 260 benchmarks/ttft.py --gpu --only decode --extra "$extra" --budget 240 \
-            --logs "$folder/logs-decode$label"
+            --logs "$logs/logs-decode$label"
         ;;
     ttft)
         run ttft 400 benchmarks/ttft.py --gpu --only ttft breakdown --extra "$extra" --budget 380 \
-            --logs "$folder/logs-ttft$label"
+            --logs "$logs/logs-ttft$label"
         ;;
     *)
         echo "unknown: $name" >&2
