@@ -162,9 +162,7 @@ class Answer:
             self.journey.over(self._count.tokens)
         else:
             said = read_whole(self.first)
-            if said.decoding is not None:
-                self.journey.first_token(said.decoding)
-            self.journey.over(said.tokens)
+            self.journey.over(said.tokens, said.decoding)
 
 
 async def _spliced(chunks: AsyncIterator[bytes], splice: Splice) -> AsyncIterator[bytes]:

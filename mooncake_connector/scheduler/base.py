@@ -71,12 +71,14 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True):
         side: ``coupled`` does both phases itself (the simulator's rival).
         group: equal for two engines exactly if they can exchange KV.
         kv_tokens: tokens of KV it can hold; 0 if not known.
+        receives: whether a prefix can be copied to it.
     """
 
     name: str
     side: Side
     group: str = ""
     kv_tokens: int = 0
+    receives: bool = True
 
 
 class PrefillView(msgspec.Struct, frozen=True):
@@ -87,6 +89,7 @@ class PrefillView(msgspec.Struct, frozen=True):
         cached: tokens of the prompt's prefix that it holds.
         requests: in flight there.
         tokens: prompt tokens in flight there.
+        receives: whether a prefix can be copied to it.
     """
 
     name: str
@@ -95,6 +98,7 @@ class PrefillView(msgspec.Struct, frozen=True):
     cached: int
     requests: int = 0
     tokens: int = 0
+    receives: bool = True
 
 
 class DecodeView(msgspec.Struct, frozen=True):

@@ -49,8 +49,9 @@ class Flight(msgspec.Struct):
     Attributes:
         began: when it was placed.
         prefilled: when its prompt was computed; 0 before.
-        first: when its first token came; 0 before.
-        areas: batch and context of decode, summed over time, at its first token.
+        first: when its first token came; 0 before, and for an answer in one piece.
+        since: when `areas` were noted: at its first token, or when its prompt was computed.
+        areas: batch and context of decode, summed over time.
     """
 
     arrival: Arrival
@@ -59,6 +60,7 @@ class Flight(msgspec.Struct):
     began: float
     prefilled: float = 0.0
     first: float = 0.0
+    since: float = 0.0
     areas: tuple[float, float] = (0.0, 0.0)
 
 
@@ -168,6 +170,8 @@ class Conductor:
         route = flight.route
         alone = self._ledger.prefilled(id, now, route.handover)
         flight.prefilled = now
+        if not flight.first:
+            self._note(flight, now)
         if computed is None and alone:
             # Nothing was before it, so all that passed is its own, the copy excepted.
             computed = now - flight.began - route.copying
@@ -194,8 +198,7 @@ class Conductor:
         if flight.prefilled and route.computes != route.decode:
             tokens, seconds = flight.arrival.tokens, now - flight.prefilled
             self._estimators.handover.observe(route.computes, route.decode, tokens, seconds)
-        if route.decode in self._ledger.instances:
-            flight.areas = self._ledger.decode(route.decode).areas(now)
+        self._note(flight, now)
 
     def progressed(self, id: str, tokens: int, now: float) -> None:
         """Its answer has so many tokens."""
@@ -208,14 +211,20 @@ class Conductor:
         self._estimators.calibration.observe("transfer", predicted, seconds)
         self._estimators.transfer.observe(source, target, tokens, seconds)
 
-    def ended(self, id: str, now: float, output_tokens: int | None = None) -> None:
-        """It is over: after so many tokens, or None if it failed or nobody wanted it any more."""
+    def ended(
+        self, id: str, now: float, output_tokens: int | None = None, *, decoding: float | None = None
+    ) -> None:
+        """It is over: after so many tokens, or None if it failed or nobody wanted it any more.
+
+        Args:
+            decoding: seconds from its first token to its last, if the engine says so.
+        """
         self._line.take(id)
         flight = self._flights.pop(id, None)
         if flight is None:
             return
         if output_tokens:
-            self._learn(flight, now, output_tokens)
+            self._learn(flight, now, output_tokens, decoding)
         self._ledger.close(id, now)
         self._look = now
 
@@ -227,17 +236,23 @@ class Conductor:
         """Load of every engine."""
         return list(self._ledger.accounts(now))
 
-    def _learn(self, flight: Flight, now: float, output: int) -> None:
+    def _note(self, flight: Flight, now: float) -> None:
+        """How much its decode engine has done up to now."""
+        if flight.route.decode in self._ledger.instances:
+            flight.since, flight.areas = now, self._ledger.decode(flight.route.decode).areas(now)
+
+    def _learn(self, flight: Flight, now: float, output: int, decoding: float | None) -> None:
         estimators, decode = self._estimators, flight.route.decode
         estimators.calibration.observe("output", flight.answer.lengths.quantile(0.5), output)
         estimators.lengths.observe(flight.arrival, output)
-        lasted = now - flight.first
-        if not flight.first or output < 2 or lasted <= 0 or decode not in self._ledger.instances:
+        lasted = decoding or (now - flight.first if flight.first else 0.0)
+        passed = now - flight.since
+        if output < 2 or min(lasted, passed, flight.since) <= 0 or decode not in self._ledger.instances:
             return
         self._gate.lasted(lasted)
         tbt = lasted / (output - 1)
         batch, context = (
-            (after - before) / lasted
+            (after - before) / passed
             for before, after in zip(flight.areas, self._ledger.decode(decode).areas(now), strict=True)
         )
         estimators.calibration.observe("tbt", flight.route.tbt, tbt)
@@ -292,9 +307,16 @@ class Conductor:
         for name, instance in self._ledger.instances.items():
             queue = self._ledger.prompts(name)
             cached = min(held.get(name, 0) * size, most)
-            views.append(
-                PrefillView(name, instance.group, queue.seconds(now), cached, len(queue), queue.tokens)
+            view = PrefillView(
+                name,
+                instance.group,
+                queue.seconds(now),
+                cached,
+                len(queue),
+                queue.tokens,
+                instance.receives,
             )
+            views.append(view)
         return views
 
     def _place(self, arrival: Arrival, route: Route, answer: Answer, now: float, came: float) -> Placement:

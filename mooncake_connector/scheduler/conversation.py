@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import xxhash
 
+from mooncake_connector.scheduler.block_keys import salt_of
 from mooncake_connector.scheduler.openai import CHAT, ClientRequest
 
 _messages = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
@@ -45,10 +46,8 @@ def salt(request: ClientRequest, adapters: Container[Any] = ()) -> int:
     """
     own = request.get("cache_salt")
     model = request.get("model")
-    adapter = model if isinstance(model, str) and model in adapters else None
-    if own is None and adapter is None:
-        return 0
-    return xxhash.xxh3_64_intdigest(msgspec.json.encode([own, adapter])) or 1
+    adapter = model if isinstance(model, str) and model in adapters else ""
+    return salt_of(adapter, own if isinstance(own, str) else "")
 
 
 def _hash(*parts: bytes) -> str:

@@ -52,14 +52,13 @@ class Journey:
         self._moved()
         return verdict
 
-    def first_token(self, ago: float = 0.0) -> None:
-        """The answer's first token came, so many seconds ago."""
+    def first_token(self) -> None:
+        """The answer's first token came."""
         if self._answered or self._over:
             return
         self._answered = True
-        now = self._clock()
-        self._reported = now
-        self._conductor.first_token(self.id, now - ago)
+        now = self._reported = self._clock()
+        self._conductor.first_token(self.id, now)
         self._moved()
 
     def progressed(self, tokens: int) -> None:
@@ -70,9 +69,13 @@ class Journey:
             self._conductor.progressed(self.id, tokens, now)
             self._moved()
 
-    def over(self, tokens: int | None) -> None:
-        """It ended after so many tokens; None: it failed, or nobody wanted it any more."""
+    def over(self, tokens: int | None, decoding: float | None = None) -> None:
+        """It ended after so many tokens; None: it failed, or nobody wanted it any more.
+
+        Args:
+            decoding: seconds from its first token to its last, if the engine says so.
+        """
         if not self._over:
             self._over = True
-            self._conductor.ended(self.id, self._clock(), tokens)
+            self._conductor.ended(self.id, self._clock(), tokens, decoding=decoding)
             self._moved()

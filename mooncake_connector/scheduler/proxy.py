@@ -170,7 +170,7 @@ class Proxy:
         self.metrics.registry.register(
             ConductorMetrics(
                 lambda: self.conductor.accounts(clock()),
-                steering.waiting,
+                self.conductor.waiting,
                 lambda: len(self.index),
                 self._estimators.calibration,
             )

@@ -164,7 +164,7 @@ class Router:
         own = Start(view, view.cached, 0.0, seconds(view.name, tokens, view.cached))
         if self._routing != "conductor" or best is None or best.group != view.group:
             return own
-        if best.cached <= view.cached * self._threshold:
+        if not view.receives or best.cached <= view.cached * self._threshold:
             return own
         missing = best.cached - view.cached
         copying = self._estimators.transfer.seconds(best.name, view.name, missing)

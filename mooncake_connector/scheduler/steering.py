@@ -106,7 +106,11 @@ class Steering:
         info = instance.info
         if instance.up and info:
             found = base.Instance(
-                name=instance.url, side=instance.side, group=info.group, kv_tokens=info.kv_tokens
+                name=instance.url,
+                side=instance.side,
+                group=info.group,
+                kv_tokens=info.kv_tokens,
+                receives=info.role != "kv_producer",
             )
             self._conductor.join(found, now)
         self._holdings.follow(instance)
@@ -115,10 +119,6 @@ class Steering:
     def copied(self, source: str, target: str, tokens: int, seconds: float) -> None:
         """KV of so many tokens went from one engine to another."""
         self._conductor.copied(source, target, tokens, seconds)
-
-    def waiting(self) -> int:
-        """Requests that wait to be let in."""
-        return len(self._waiting)
 
     def close(self) -> None:
         """Stop the clockwork."""
