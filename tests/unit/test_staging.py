@@ -266,6 +266,51 @@ def test_a_fence_does_not_wait_for_the_initiator() -> None:
     receiver.close()
 
 
+def test_more_is_received_while_what_came_before_is_copied() -> None:
+    """Also when the socket was empty in between."""
+    end = End(True)
+    receiver = Receiver(staging=end.staging)
+    receiver.grant(KEY, "p", span(end.address, NBYTES))
+    raw = Raw(receiver.admit("p"))
+    payload = random_bytes(3 * CHUNK, 1)
+    end.gpu.open.clear()
+    raw.send(KEY, 1, copy(0, end.address, 3 * CHUNK), payload[:CHUNK].tobytes())
+    until(lambda: len(end.gpu.batches) == 1, 2, "the first part is being copied")
+    time.sleep(0.05)
+    raw.sock.sendall(payload[CHUNK : 2 * CHUNK].tobytes())
+    until(lambda: len(end.gpu.batches) == 2, 2, "the second part is being copied, too")
+    end.gpu.open.set()
+    raw.sock.sendall(payload[2 * CHUNK :].tobytes())
+    assert raw.reply() == (1, wire.LANDED, b"")
+    assert np.array_equal(end.memory[: 3 * CHUNK], payload)
+    receiver.close()
+
+
+def test_a_fence_does_not_wait_for_an_initiator_that_sends_byte_by_byte() -> None:
+    end = End(True)
+    receiver = Receiver(staging=end.staging)
+    receiver.grant(KEY, "p", span(end.address, NBYTES))
+    raw = Raw(receiver.admit("p"))
+    end.gpu.open.clear()
+    raw.send(KEY, 1, copy(0, end.address, 4 * CHUNK), bytes(CHUNK))
+    until(lambda: bool(end.gpu.batches), 2, "a copy is under way")
+    fenced = threading.Event()
+
+    def revoke() -> None:
+        assert receiver.revoke(KEY) == Landed(CHUNK, 0)
+        fenced.set()
+
+    threading.Thread(target=revoke).start()
+    for sent in range(500):
+        if sent == 20:
+            end.gpu.open.set()
+        raw.sock.sendall(b"x")
+        if fenced.wait(0.0005):
+            break
+    assert 20 <= sent < 400
+    receiver.close()
+
+
 def test_a_broken_connection_is_fenced_only_after_its_copies(world: World) -> None:
     gpu = world.target.gpu
     gpu.open.clear()
