@@ -117,6 +117,19 @@ def test_a_stall_at_the_very_beginning_is_doubted_too() -> None:
     assert estimator.seconds("a", 1000) == pytest.approx(PrefillCost().seconds(1000), rel=0.05)
 
 
+def test_a_time_that_is_far_too_short_is_doubted_too() -> None:
+    estimator = PrefillEstimator()
+    estimator.observe("a", 1000, 0, 1e-5)
+    assert estimator.seconds("a", 1000) == pytest.approx(PrefillCost().seconds(1000), rel=0.05)
+
+
+@pytest.mark.parametrize("cached", [1000, 1016])
+def test_of_a_prompt_that_is_all_there_one_token_is_computed(cached: int) -> None:
+    estimator = PrefillEstimator(PrefillCost(0.1, 0.5, 0.0))
+    assert estimator.seconds("a", 1000, cached) == pytest.approx(0.6)
+    assert PrefillCost(0.1, 0.5, 0.0).seconds(1000, cached) == pytest.approx(0.6)
+
+
 def test_an_engine_that_has_become_slower_is_believed_after_a_few_requests() -> None:
     estimator = PrefillEstimator()
     busy(estimator, lambda name: PrefillCost(), 300, noise=0.05)
@@ -134,6 +147,16 @@ def test_each_instance_is_corrected_and_a_new_one_is_like_its_pool() -> None:
             assert estimator.seconds(name, *prompt) == pytest.approx(true.seconds(*prompt), rel=0.1)
     fast, new, slow = (estimator.seconds(name, 4000) for name in ("a", "new", "b"))
     assert fast < new < slow
+
+
+@pytest.mark.parametrize("times", [4, 8, 20])
+def test_one_that_is_many_times_slower_than_its_pool_is_known_for_it(times: int) -> None:
+    usual = PrefillCost()
+    slow = PrefillCost(usual.base * times, usual.per_token * times, usual.per_pair * times)
+    estimator = PrefillEstimator()
+    busy(estimator, lambda name: slow if name == "b" else usual, 300, names="abc")
+    assert estimator.seconds("a", 4000) == pytest.approx(usual.seconds(4000), rel=0.1)
+    assert estimator.seconds("b", 4000) == pytest.approx(slow.seconds(4000), rel=0.1)
 
 
 def test_an_instance_that_looked_slow_and_is_not_chosen_any_more_comes_back_to_its_pool() -> None:

@@ -23,6 +23,8 @@ RECENT = 7
 """So many costs decide by their median whether a strange one is an outlier or the engine has changed."""
 KEPT = 0.5
 """What is kept of the past when it has changed."""
+FADING = 0.97
+"""The power to which an instance's distance from its pool is raised again and again while it is idle."""
 MOST = 4096
 """Instances, or pairs of them, that are remembered."""
 SMALL = 1e-9
@@ -65,12 +67,11 @@ class Costs:
             # Without this, one that once was slow and is never chosen for it would look slow for ever.
             idle = next(iter(fits))
             other = fits[idle] = fits.pop(idle)
-            other.forget(1 - 1 / MEMORY)
-            other.solve(pool.factors)
+            other.fade(pool.factors)
             self.by_instance[idle] = other.coefficients
         fits[instance] = fit
         fit.learn(features, seconds)
-        fit.solve(pool.factors)
+        fit.solve(pool.factors, fit.distance(pool.factors))
         self.by_instance[instance] = fit.coefficients
 
 
@@ -83,7 +84,7 @@ class _Fit:
         coefficients: `scale` times `factors`.
     """
 
-    __slots__ = ("_a", "_recent", "_v", "coefficients", "factors", "scale")
+    __slots__ = ("_a", "_apart", "_features", "_recent", "_v", "coefficients", "factors", "scale")
 
     def __init__(self, scale: Coefficients, factors: Features, observations: float) -> None:
         self.scale, self.factors = scale, factors
@@ -93,9 +94,11 @@ class _Fit:
         self._a = (w, 0.0, 0.0, w, 0.0, w)
         self._v = (w * factors[0], w * factors[1], w * factors[2])
         self._recent = deque([1.0] * RECENT, RECENT)
+        self._features, self._apart = scale, False
 
     def learn(self, features: Features, seconds: float) -> None:
         """Take one observation in; `solve` draws the conclusion."""
+        self._features = features
         x, y, z = _times(features, self.scale)
         f, g, h = self.factors
         expected = max(x * f + y * g + z * h, SMALL)
@@ -122,6 +125,7 @@ class _Fit:
 
     def _rescale(self, by: float) -> None:
         """The engine has changed or the prior was wrong: the proportions stay, and half of what was known."""
+        self._apart = True
         f, g, h = self.factors
         self.factors = (f * by, g * by, h * by)
         a, b, c, d, e, i = self._a
@@ -132,6 +136,25 @@ class _Fit:
         self._v = (p * k, q * k, r * k)
         self._recent = deque([ratio / by for ratio in self._recent], RECENT)
 
+    def distance(self, pool: Features) -> float:
+        """How many times slower than its pool it was last; 1 if they are of one kind.
+
+        Of one of another kind only the pool's proportions say something. Its own observations have to
+        have said that it is: when the pool has changed, those with few of them are to follow.
+        """
+        if not self._apart:
+            return 1.0
+        x, y, z = _times(self._features, self.scale)
+        own = x * self.factors[0] + y * self.factors[1] + z * self.factors[2]
+        distance = (own + SMALL) / (x * pool[0] + y * pool[1] + z * pool[2] + SMALL)
+        self._apart = not 1 / OFF < distance < OFF
+        return distance if self._apart else 1.0
+
+    def fade(self, pool: Features) -> None:
+        """It was not observed for a while: it comes nearer to its pool."""
+        self.forget(1 - 1 / MEMORY)
+        self.solve(pool, self.distance(pool) ** FADING)
+
     def forget(self, keep: float) -> None:
         """Let what was learned count `keep` of what it did."""
         a, b, c, d, e, i = self._a
@@ -139,22 +162,24 @@ class _Fit:
         p, q, r = self._v
         self._v = (p * keep, q * keep, r * keep)
 
-    def solve(self, pool: Features | None = None) -> None:
-        """Find the factors, with the pool's as their prior; without one they stay where nothing is known."""
+    def solve(self, pool: Features | None = None, distance: float = 1.0) -> None:
+        """Find the factors; the prior is `pool` times `distance`, or else what they were."""
         a, b, c, d, e, i = self._a
         p, q, r = self._v
         if pool is None:
             f, g, h = self.factors
             k = m = n = 1e-5 * (a + d + i) + 1e-12
         else:
-            f, g, h = pool
+            f, g, h = pool[0] * distance, pool[1] * distance, pool[2] * distance
             # In the scale of whichever is slower, or a slow instance would need many more observations.
             own = self.factors
-            least = 0.1 * max(*pool, *own) + SMALL
+            least = 0.1 * max(f, g, h, *own) + SMALL
             k = POOL_OBSERVATIONS / max(f, own[0], least) ** 2
             m = POOL_OBSERVATIONS / max(g, own[1], least) ** 2
             n = POOL_OBSERVATIONS / max(h, own[2], least) ** 2
-        self.factors = _nonnegative((a + k, b, c, d + m, e, i + n), (p + k * f, q + m * g, r + n * h))
+        found = _nonnegative((a + k, b, c, d + m, e, i + n), (p + k * f, q + m * g, r + n * h))
+        # All 0 would stay so for ever; only rounding makes them that.
+        self.factors = found if max(found) > 0 else self.factors
         self.coefficients = _times(self.scale, self.factors)
 
 
