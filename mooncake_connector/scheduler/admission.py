@@ -12,7 +12,7 @@ import numpy as np
 from mooncake_connector.scheduler.base import Arrival, Rejected
 from mooncake_connector.scheduler.decode_table import Answer, Floats
 from mooncake_connector.scheduler.estimators import Estimators
-from mooncake_connector.scheduler.fairness import Usage
+from mooncake_connector.scheduler.fairness import Ranks, Usage
 from mooncake_connector.scheduler.ledger import Ledger
 from mooncake_connector.scheduler.routing import Route, Router
 from mooncake_connector.scheduler.scheduling import Scheduling
@@ -27,6 +27,10 @@ STAGES = np.array([0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
 LATER = np.array([0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0])
 # Other decode engines that are looked at when the best one has no room.
 OTHERS = 2
+# TTFT of those with a prediction in the upper half of what was promised; looked at after each so many.
+CLOSE, ENOUGH = "ttft_close", 20
+# Who takes more than so many others only makes way when it is tight: the power of the rank.
+STEEP = 2
 # Whoever is rejected is told to come back no sooner, seconds.
 SOONEST = 1.0
 
@@ -98,11 +102,28 @@ class Gate:
         self._router = router
         self._step = estimators.step
         self._usage = usage
+        self._calibration = estimators.calibration
         self._lasting = LASTING
+        self._prompts, self._answers = Ranks(), Ranks()
+        # Observed over predicted TTFT that nine of ten do not exceed, of those for whom it is close.
+        self._margin, self._close = 1.0, 0
 
     def lasted(self, seconds: float) -> None:
         """An answer took so long from its first token to its last."""
         self._lasting += (seconds - self._lasting) / MEMORY
+
+    def began(self, arrival: Arrival, predicted: float, observed: float) -> None:
+        """TTFT of an answer, as was predicted and as it was."""
+        if predicted > arrival.slo.ttft_of(arrival.tokens) / 2:
+            self._calibration.observe(CLOSE, predicted, observed)
+            self._close += 1
+            if self._close % ENOUGH == 0 and (found := self._calibration.summary(CLOSE)):
+                self._margin = max(1.0, found.ratio[2])
+
+    def came(self, arrival: Arrival, route: Route, answer: Answer) -> None:
+        """A request came; whether it is let in is another question."""
+        self._prompts.add(route.seconds)
+        self._answers.add(_area(arrival, answer))
 
     def judge(
         self,
@@ -127,17 +148,15 @@ class Gate:
         if emergency := self._emergency(route):
             return Refusal(emergency)
         limit = arrival.slo.ttft_of(arrival.tokens)
-        share = self._share(arrival)
-        ttft = Load("ttft", waited + route.ttft, limit)
-        # The reserve is of what all share: what a prompt takes itself is not held against it.
-        if ttft.share > 1 or route.queue > share * (limit - waited - route.ttft + route.queue):
-            return Refusal(ttft.rejected(ttft.predicted - share * limit))
+        if self._mode == "per_request":
+            return self._per_request(arrival, route, answer, limit - waited, now, aged, ahead)
+        ttft = Load("ttft", route.ttft, limit)
+        if ttft.share > 1:
+            return Refusal(ttft.rejected(ttft.predicted - limit))
         if self._mode == "baseline":
             return route
-        if self._mode != "per_request":
-            load = self._pool(arrival, route, now)
-            return Refusal(load.rejected(0.0)) if load.share > 1 else route
-        return self._per_request(arrival, route, answer, share, now, aged, ahead)
+        load = self._pool(arrival, route, now)
+        return Refusal(load.rejected(0.0)) if load.share > 1 else route
 
     def rejudge(self, arrival: Arrival, route: Route, now: float) -> Rejected | None:
         """After the prompt was computed: ``baseline`` looks at decode only now."""
@@ -168,8 +187,6 @@ class Gate:
 
     def _share(self, arrival: Arrival) -> float:
         """The part of all that it may take: the last is for the urgent, and for modest tenants."""
-        if self._mode != "per_request":
-            return 1.0
         bound = self._usage.above(arrival.priority) or self._usage.over(arrival.tenant)
         return 1.0 - self._settings.reserve if bound else 1.0
 
@@ -201,21 +218,32 @@ class Gate:
         arrival: Arrival,
         route: Route,
         answer: Answer,
-        share: float,
+        limit: float,
         now: float,
         aged: Ahead,
         ahead: Ahead,
     ) -> Route | Refusal:
-        worst = self._whole(arrival, route, answer, now, aged)
-        if worst.share <= share:
+        reserved = self._share(arrival)
+        own, margin = route.ttft - route.queue, self._margin
+        share = reserved * self._modest(self._prompts.rank(route.seconds))
+        room = share * (limit / margin - own)
+        if route.queue > room:
+            load = Load("ttft", route.ttft, own + max(0.0, room))
+            return Refusal(load.rejected(route.queue - room))
+        share = reserved * self._modest(self._answers.rank(_area(arrival, answer)))
+        worst = self._whole(arrival, route, answer, share, now, aged)
+        if worst.share <= 1:
             return route
         if route.computes != route.decode:
             for other in self._others(arrival, route, now):
-                if self._whole(arrival, other, answer, now, aged).share <= share:
+                if self._whole(arrival, other, answer, share, now, aged).share <= 1:
                     return other
         wait = self._wait(arrival, route, answer, share, now, ahead)
-        load = Load(worst.target, worst.predicted, worst.limit * share)
-        return Refusal(load.rejected(wait), wait)
+        return Refusal(worst.rejected(wait), wait)
+
+    def _modest(self, rank: float) -> float:
+        """The part of what is left that a request may use: who takes much makes room for many."""
+        return 1.0 - self._settings.favour_cheap * rank**STEEP
 
     def _others(self, arrival: Arrival, route: Route, now: float) -> list[Route]:
         instances = self._ledger.instances
@@ -229,25 +257,36 @@ class Gate:
         routes = [self._router.redecode(route, arrival, view) for view in views]
         return sorted(routes, key=lambda other: other.tbt)[:OTHERS]
 
-    def _whole(self, arrival: Arrival, route: Route, answer: Answer, now: float, aged: Ahead) -> Load:
-        """What comes nearest to breaking a promise while this answer is written, its own or another's."""
+    def _whole(
+        self, arrival: Arrival, route: Route, answer: Answer, share: float, now: float, aged: Ahead
+    ) -> Load:
+        """What comes nearest to breaking a promise while this answer is written, its own or another's.
+
+        What it takes itself is not held against it, `share` is of what it has in common with others.
+        """
         slot = self._ledger.decode(route.decode)
         own = STAGES * answer.ends[-2]
+        need = arrival.tokens + own
         # No faster than promised: whoever is let in may slow it down to that.
         moments = now + route.ttft + own * max(route.tbt, slot.pace)
         batch, context = self._crowd(route.decode, moments, now, aged)
-        context = context + arrival.tokens + own
+        alone = self._step.seconds(route.decode, 1, arrival.tokens)
         limit = min(arrival.slo.tbt, self._ledger.strictest(route.decode))
         paces = np.array(
             [
                 self._step.seconds(route.decode, math.ceil(others) + 1, int(tokens))
-                for others, tokens in zip(batch.tolist(), context.tolist(), strict=True)
+                for others, tokens in zip(batch.tolist(), (context + need).tolist(), strict=True)
             ]
         )
         # The promise is of the mean over an answer; answers end at any of the stages.
         means = np.cumsum((paces[1:] + paces[:-1]) / 2 * np.diff(STAGES)) / STAGES[1:]
-        tbt = Load("tbt", float(means.max()), limit)
-        kv = Load("overload", float(context.max()) / slot.capacity if slot.capacity else 0.0, 1.0)
+        tbt = Load("tbt", float(means.max()), alone + share * max(0.0, limit - alone))
+        if not slot.capacity:
+            return tbt
+        full = (need + share * np.maximum(slot.capacity - need, 0.0)) / slot.capacity
+        taken = (context + need) / slot.capacity
+        tightest = int(np.argmax(taken / full))
+        kv = Load("overload", float(taken[tightest]), float(full[tightest]))
         return max(tbt, kv, key=lambda load: load.share)
 
     def _wait(
@@ -269,3 +308,8 @@ class Gate:
         batch = found.batch + more + ahead.requests / engines
         each = found.context / np.maximum(found.batch, 1.0)
         return batch, found.context + more * each + ahead.tokens / engines
+
+
+def _area(arrival: Arrival, answer: Answer) -> float:
+    """KV that an answer takes, times the steps for which it does."""
+    return (arrival.tokens + answer.mean / 2) * answer.mean

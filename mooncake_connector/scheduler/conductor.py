@@ -114,6 +114,7 @@ class Conductor:
             return Unserved()
         before = [waiter for waiter in self._line if waiter.arrival.priority >= arrival.priority]
         judged = self._judge(arrival, route, answer, now, 0.0, before)
+        self._gate.came(arrival, route, answer)
         if isinstance(judged, Route):
             return self._place(arrival, judged, answer, now, now)
         patience = arrival.slo.ttft_of(arrival.tokens) - route.ttft
@@ -158,7 +159,7 @@ class Conductor:
 
         Args:
             queued: seconds that it waited in the engine, if the engine says so.
-            computed: seconds of computing.
+            computed: seconds from then to its end.
             cached: tokens of the prompt that the engine held.
 
         Returns:
@@ -168,19 +169,12 @@ class Conductor:
         if flight is None:
             return None
         route = flight.route
-        alone = self._ledger.prefilled(id, now, route.handover)
+        if self._ledger.prefilled(id, now):
+            held = route.cached if cached is None else cached
+            self._measure(route.computes, flight.arrival.tokens, held, computed, now)
         flight.prefilled = now
         if not flight.first:
             self._note(flight, now)
-        if computed is None and alone:
-            # Nothing was before it, so all that passed is its own, the copy excepted.
-            computed = now - flight.began - route.copying
-        if computed is not None:
-            held = route.cached if cached is None else cached
-            tokens = flight.arrival.tokens
-            predicted = self._estimators.prefill.seconds(route.computes, tokens, held)
-            self._estimators.calibration.observe("prefill", predicted, computed)
-            self._estimators.prefill.observe(route.computes, tokens, held, computed)
         rejected = self._gate.rejudge(flight.arrival, route, now)
         if rejected:
             self.ended(id, now)
@@ -194,6 +188,7 @@ class Conductor:
         flight.first = now
         self._ledger.progressed(id, 1, now)
         self._estimators.calibration.observe("ttft", flight.route.ttft, now - flight.began)
+        self._gate.began(flight.arrival, flight.route.ttft, now - flight.began)
         route = flight.route
         if flight.prefilled and route.computes != route.decode:
             tokens, seconds = flight.arrival.tokens, now - flight.prefilled
@@ -240,6 +235,13 @@ class Conductor:
         """How much its decode engine has done up to now."""
         if flight.route.decode in self._ledger.instances:
             flight.since, flight.areas = now, self._ledger.decode(flight.route.decode).areas(now)
+
+    def _measure(self, name: str, tokens: int, held: int, computed: float | None, now: float) -> None:
+        queue, estimator = self._ledger.prompts(name), self._estimators.prefill
+        predicted = estimator.seconds(name, tokens, held)
+        for one in queue.meter.add(tokens, held, predicted, now, left=len(queue), own=computed):
+            self._estimators.calibration.observe("prefill", one.predicted, one.seconds)
+            estimator.observe(name, one.tokens, one.cached, one.seconds)
 
     def _learn(self, flight: Flight, now: float, output: int, decoding: float | None) -> None:
         estimators, decode = self._estimators, flight.route.decode

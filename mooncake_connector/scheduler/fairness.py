@@ -1,6 +1,8 @@
 """Turns: who waits before whom, and who has had more than a fair share."""
 
 import math
+from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -15,6 +17,8 @@ HALF_LIFE = 60.0
 TOLERANCE = 1.1
 # Below this part of all that was used, a tenant or a class is not there.
 NOTHING = 0.001
+# So many requests say what is much, and so many are remembered.
+FEW, MANY = 32, 512
 K = TypeVar("K")
 
 
@@ -55,6 +59,27 @@ class Usage:
 def _faded(table: dict[K, float], scale: float) -> dict[K, float]:
     least = NOTHING * sum(table.values())
     return {name: used * scale for name, used in table.items() if used >= least}
+
+
+class Ranks:
+    """How much a request takes, among those that came lately."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque()
+        self._sorted: list[float] = []
+
+    def rank(self, cost: float) -> float:
+        """The share of requests that take less, 0 to 1; 0 as long as too few came to tell."""
+        if len(self._sorted) < FEW:
+            return 0.0
+        return bisect_left(self._sorted, cost) / len(self._sorted)
+
+    def add(self, cost: float) -> None:
+        """One came that takes `cost`, let in or not."""
+        if len(self._recent) == MANY:
+            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
+        self._recent.append(cost)
+        insort(self._sorted, cost)
 
 
 class Waiter(msgspec.Struct):

@@ -112,17 +112,13 @@ class Ledger:
         self._queues[booking.computes].add(id, booking.seconds, booking.prompt, now, now + booking.copying)
         self._answers.add(id, decode, booking.prompt, booking.joins, booking.answer, booking.limit, sure)
 
-    def prefilled(self, id: str, now: float, handover: float) -> bool:
-        """Its prompt is computed, its KV arrives after `handover` more seconds.
-
-        Returns:
-            Whether it was computed with nothing else in its queue when it came.
-        """
+    def prefilled(self, id: str, now: float) -> bool:
+        """Its prompt is computed, its KV is about to arrive; whether the books had it as waiting for that."""
         booking = self._bookings[id]
-        alone = self._dequeue(booking.computes, id, now)
+        waited = self._dequeue(booking.computes, id, now)
         if id in self._answers and not self._answers.begun(id):
-            self._answers.place(id, -handover / self.decode(booking.placement.decode).pace, now)
-        return alone
+            self._answers.place(id, -booking.handover / self.decode(booking.placement.decode).pace, now)
+        return waited
 
     def progressed(self, id: str, tokens: int, now: float) -> None:
         """Its answer has so many tokens."""
@@ -135,7 +131,8 @@ class Ledger:
         booking = self._bookings.pop(id, None)
         if booking is None:
             return None
-        self._dequeue(booking.computes, id, now)
+        if self._dequeue(booking.computes, id, now):
+            self._queues[booking.computes].meter.begin(now)
         if id in self._answers:
             self._answers.remove(id, now)
         return booking
@@ -213,11 +210,10 @@ class Ledger:
 
     def _dequeue(self, name: str, id: str, now: float) -> bool:
         queue = self._queues.get(name)
-        job = queue.end(id, now) if queue else None
-        if queue is None or job is None:
+        if queue is None or not queue.end(id, now):
             return False
         for other, moment in queue.ends(now, NEAR):
             booking = self._bookings[other]
             if other in self._answers and not self._answers.begun(other):
                 self._answers.joins(other, moment + booking.handover)
-        return job.alone
+        return True

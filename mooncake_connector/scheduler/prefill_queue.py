@@ -5,6 +5,8 @@ from itertools import islice
 
 import msgspec
 
+from mooncake_connector.scheduler.prefill_meter import PrefillMeter
+
 # What is left of a prompt that takes longer than predicted, as a share of the prediction: an overdue prompt
 # must not make the queue look empty.
 OVERDUE = 0.1
@@ -17,19 +19,21 @@ class PrefillJob(msgspec.Struct):
         seconds: predicted time of its computation.
         tokens: length of the prompt.
         ready: moment at which it can begin: a copied prefix comes first.
-        alone: nothing else was queued when it came.
     """
 
     seconds: float
     tokens: int
     ready: float
-    alone: bool = False
 
 
 class PrefillQueue:
     """First come, first served: the oldest prompt runs, the others wait.
 
     An engine that computes several prompts at once ends them in other orders; any order is taken.
+
+    Attributes:
+        tokens: of all prompts in here.
+        meter: of what they cost.
     """
 
     def __init__(self) -> None:
@@ -37,6 +41,7 @@ class PrefillQueue:
         self._seconds = 0.0
         self._began = 0.0
         self.tokens = 0
+        self.meter = PrefillMeter()
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -45,15 +50,16 @@ class PrefillQueue:
         """Queue a prompt; its computation can begin at `ready`, no earlier than `now`."""
         if not self._jobs:
             self._began = ready
-        self._jobs[id] = PrefillJob(seconds, tokens, ready, not self._jobs)
+            self.meter.begin(ready)
+        self._jobs[id] = PrefillJob(seconds, tokens, ready)
         self._seconds += seconds
         self.tokens += tokens
 
-    def end(self, id: str, now: float) -> PrefillJob | None:
-        """It was computed, or is not going to be; None if it is not in here."""
+    def end(self, id: str, now: float) -> bool:
+        """It was computed, or is not going to be; whether it was in here."""
         job = self._jobs.get(id)
         if job is None:
-            return None
+            return False
         head = next(iter(self._jobs)) == id
         del self._jobs[id]
         self.tokens -= job.tokens
@@ -61,7 +67,7 @@ class PrefillQueue:
         self._seconds = self._seconds - job.seconds if self._jobs else 0.0
         if head and self._jobs:
             self._began = max(now, next(iter(self._jobs.values())).ready)
-        return job
+        return True
 
     def seconds(self, now: float) -> float:
         """Predicted time until everything in here is computed."""
