@@ -26,6 +26,7 @@ from mooncake_connector.kv_transfer.routes import WorkerAt
 from mooncake_connector.kv_transfer.session import Outcome
 from mooncake_connector.kv_transfer.side_channel import Client, address_of, split_address
 from mooncake_connector.kv_transfer.vllm.compat import preempted_ids, transfer_group_ids
+from mooncake_connector.kv_transfer.vllm.event_source import event_source
 from mooncake_connector.kv_transfer.vllm.first_token import Forced
 from mooncake_connector.kv_transfer.vllm.kv_layout import groups_of
 from mooncake_connector.kv_transfer.vllm.loads import Loads
@@ -56,6 +57,7 @@ class SchedulerSide:
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
         transfer = vllm_config.kv_transfer_config
+        self._vllm_config = vllm_config
         self._role: str = transfer.kv_role
         self._produces, self._consumes = transfer.is_kv_producer, transfer.is_kv_consumer
         self._engine_id: str = transfer.engine_id
@@ -389,6 +391,7 @@ class SchedulerSide:
             "first_token": all(h.first_token for h in self._handshakes),
             "version": __version__,
             "protocol": PROTOCOL,
+            "kv_events": event_source(self._vllm_config, host),
         }
 
     def close(self) -> None:
