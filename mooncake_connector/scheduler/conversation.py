@@ -9,7 +9,8 @@ import xxhash
 from mooncake_connector.scheduler.block_keys import salt_of
 from mooncake_connector.scheduler.openai import CHAT, ClientRequest
 
-_messages = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
+_messages = msgspec.json.Decoder(list[msgspec.Raw])
+_message = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def conversation_key(request: ClientRequest) -> str:
@@ -23,16 +24,16 @@ def conversation_key(request: ClientRequest) -> str:
         return _hash(b"session", session.encode(errors="surrogatepass"))
     if request.path != CHAT or "messages" not in request.fields:
         return ""
+    start: list[bytes] = []
     try:
-        messages = _messages.decode(request.fields["messages"])
+        for raw in _messages.decode(request.fields["messages"]):
+            message = _message.decode(raw)
+            role = bytes(message.get("role", b""))
+            start += (role, bytes(message.get("content", b"")))
+            if role == b'"user"':
+                break
     except (msgspec.DecodeError, UnicodeDecodeError):
         return ""
-    start: list[bytes] = []
-    for message in messages:
-        role = bytes(message.get("role", b""))
-        start += (role, bytes(message.get("content", b"")))
-        if role == b'"user"':
-            break
     return _hash(b"chat", *start) if start else ""
 
 

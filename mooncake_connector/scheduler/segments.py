@@ -14,6 +14,7 @@ Ids = npt.NDArray[np.uint32]
 # Shorter than this, a piece costs more to keep than to tokenise with its neighbour.
 SHORTEST_PIECE = 256
 _ENTRY_BYTES = 320
+_SLICE = 1 << 16
 _SAMPLES = ("", " ", "a", " a ", "\n\n", "Hello, world! 12345", "é 你好 🙂", "  x\ty  ", "<", "<|")
 
 
@@ -98,7 +99,7 @@ class Segments:
     def _encode(self, texts: Sequence[str]) -> list[Ids]:
         # Unlike encode(), this one lets go of the interpreter lock while it works.
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        return [ids_array(encoding.ids) for encoding in encodings]
 
     def _known(self, pieces: list[str]) -> list[Ids | None]:
         with self._lock:
@@ -143,6 +144,14 @@ class Segments:
             if not np.array_equal(pieces, whole):
                 return False
         return True
+
+
+def ids_array(ids: list[int]) -> Ids:
+    """Token ids as an array, in slices: numpy holds the interpreter lock while it goes through a list."""
+    found = np.empty(len(ids), np.uint32)
+    for start in range(0, len(ids), _SLICE):
+        found[start : start + _SLICE] = ids[start : start + _SLICE]
+    return found
 
 
 def _bytes(piece: str, ids: Ids) -> int:

@@ -9,17 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from mooncake_connector.scheduler.chat import ChatTemplate
 from mooncake_connector.scheduler.openai import CHAT, ClientRequest
-from mooncake_connector.scheduler.segments import Segments
+from mooncake_connector.scheduler.segments import Ids, Segments, ids_array
 from mooncake_connector.scheduler.tokenizer_files import TokenizerFiles, read
 
 log = logging.getLogger(__name__)
 
-_LIST_SLICE = 1 << 16
+# Of a chat: more would take too long to decode, in one go and with the interpreter lock held.
+MOST_FIELDS = 40_000
 
 _ids = msgspec.json.Decoder(list[int])
 _batch = msgspec.json.Decoder(list[msgspec.Raw])
@@ -33,7 +32,7 @@ class Prompt(msgspec.Struct, frozen=True):
         exact: these are all; False: only its beginning, up to a picture, or the first prompt of several.
     """
 
-    ids: npt.NDArray[np.uint32]
+    ids: Ids
     exact: bool = True
 
 
@@ -98,7 +97,7 @@ class Tokens:
         chat_template: str | None = None,
         threads: int = 2,
         waiting: int = 64,
-        inline_bytes: int = 2048,
+        inline_bytes: int = 1024,
         cache_bytes: int = 64 << 20,
     ) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokens")
@@ -153,6 +152,8 @@ class Tokens:
         try:
             if any(request.get(name) is not None for name in ("truncate_prompt_tokens", "prompt_embeds")):
                 return None
+            if request.path == CHAT and _fields(request.raw) > MOST_FIELDS:
+                return None
             given = _given(request)
             return given or (self._tokenizer.prompt(request) if self._tokenizer else None)
         except Exception as error:
@@ -175,12 +176,17 @@ class Tokens:
             )
 
 
+def _fields(raw: bytes) -> int:
+    """How many fields a JSON text's objects have, about; in no time."""
+    return raw.count(b'":') - raw.count(b'\\":')
+
+
 def _given(request: ClientRequest) -> Prompt | None:
     """The prompt, if it came as token ids."""
     if request.path == CHAT:
         return None
     raw, exact = _first_prompt(request.fields["prompt"])
-    return Prompt(_array(_ids.decode(raw)), exact) if bytes(raw).startswith(b"[") else None
+    return Prompt(ids_array(_ids.decode(raw)), exact) if bytes(raw).startswith(b"[") else None
 
 
 def _first_prompt(raw: msgspec.Raw) -> tuple[msgspec.Raw, bool]:
@@ -190,11 +196,3 @@ def _first_prompt(raw: msgspec.Raw) -> tuple[msgspec.Raw, bool]:
         return raw, True
     several = _batch.decode(raw)
     return several[0], len(several) == 1
-
-
-def _array(ids: list[int]) -> npt.NDArray[np.uint32]:
-    # In slices: numpy holds the interpreter lock while it goes through a list.
-    found = np.empty(len(ids), np.uint32)
-    for start in range(0, len(ids), _LIST_SLICE):
-        found[start : start + _LIST_SLICE] = ids[start : start + _LIST_SLICE]
-    return found
