@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from mooncake_connector.scheduler.chat import ChatTemplate
 from mooncake_connector.scheduler.openai import CHAT, ClientRequest
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 # Of a chat: more would take too long to decode, in one go and with the interpreter lock held.
 MOST_FIELDS = 40_000
+_PIECE_BYTES = 1 << 19
 
 _ids = msgspec.json.Decoder(list[int])
 _batch = msgspec.json.Decoder(list[msgspec.Raw])
@@ -186,7 +188,20 @@ def _given(request: ClientRequest) -> Prompt | None:
     if request.path == CHAT:
         return None
     raw, exact = _first_prompt(request.fields["prompt"])
-    return Prompt(ids_array(_ids.decode(raw)), exact) if bytes(raw).startswith(b"[") else None
+    text = bytes(raw)
+    return Prompt(_decoded(text), exact) if text.startswith(b"[") else None
+
+
+def _decoded(text: bytes) -> Ids:
+    """A JSON list of ids; piece by piece, as the interpreter lock is held for each."""
+    found: list[Ids] = []
+    start, end = 1, len(text) - 1
+    while start < end or not found:
+        cut = text.find(b",", start + _PIECE_BYTES, end)
+        cut = end if cut < 0 else cut
+        found.append(ids_array(_ids.decode(b"[%b]" % text[start:cut])))
+        start = cut + 1
+    return np.concatenate(found)
 
 
 def _first_prompt(raw: msgspec.Raw) -> tuple[msgspec.Raw, bool]:

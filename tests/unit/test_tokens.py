@@ -5,14 +5,15 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mooncake_connector.scheduler.conversation import conversation_key, salt
-from mooncake_connector.scheduler.openai import CHAT, COMPLETIONS, ClientRequest
+from mooncake_connector.scheduler.openai import CHAT, COMPLETIONS, BadRequest, ClientRequest
 from mooncake_connector.scheduler.tokenizer_files import TokenizerFiles, _templates
 from mooncake_connector.scheduler.tokens import Prompt, Tokenizer, Tokens
 from tests.unit.chat_templates import TEMPLATES
@@ -80,6 +81,16 @@ async def test_token_ids_need_no_tokenizer():
     assert listed(await tokens.ids(completion(many))) == (many, True)
     assert await tokens.ids(completion("text")) is None
     assert await tokens.ids(chat("text")) is None
+    tokens.close()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9, 50])
+async def test_ids_are_the_same_however_they_are_cut(count: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mooncake_connector.scheduler.tokens._PIECE_BYTES", 8)
+    tokens = Tokens()
+    for text in (json.dumps([*range(count)]), json.dumps([*range(1, count + 1)], indent=3)):
+        request = ClientRequest.parse(COMPLETIONS, b'{"prompt": %b}' % text.encode())
+        assert listed(await tokens.ids(request)) == (json.loads(text), True)
     tokens.close()
 
 
@@ -256,3 +267,49 @@ def test_only_what_vllm_keeps_apart_is_salted():
     both = completion("a", model="adapter", cache_salt="mine")
     assert len({0, salt(salted), salt(adapted, {"adapter"}), salt(both, {"adapter"})}) == 4
     assert salt(adapted) == 0
+
+
+HOSTILE = {
+    "one character": completion("a" * 1_000_000),
+    "four tokens each": completion("🙂" * 250_000),
+    "nearly marks": completion("<|im_start|" * 100_000),
+    "marks": completion("<|im_start|>" * 90_000),
+    "ids": completion([*range(1_000_000)]),
+    "messages": chat(*["x"] * 100_000),
+    "parts": chat({"role": "user", "content": [{"type": "text", "text": "x"}] * 100_000}),
+    "tools": chat("x", tools=[{"type": "function", "function": {"name": "f"}}] * 30_000),
+    "arguments": chat(
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": {"arguments": "[" * 10**6}}]}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_hostile_prompts_do_not_stop_the_event_loop(name: str, tokens: Tokens):
+    worst = []
+    for _ in range(5):
+        worst.append(await longest_stop(tokens.ids(HOSTILE[name])))
+        start = time.perf_counter()
+        conversation_key(HOSTILE[name])
+        worst[-1] = max(worst[-1], time.perf_counter() - start)
+        # Whoever else is on the machine stops it, too, but not every time.
+        if worst[-1] < 0.02:
+            return
+    raise AssertionError(worst)
+
+
+async def longest_stop(work: Coroutine[Any, Any, Any]) -> float:
+    task = asyncio.ensure_future(work)
+    longest, last = 0.0, time.perf_counter()
+    while not task.done():
+        await asyncio.sleep(0)
+        longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+    return longest
+
+
+async def test_lone_surrogates_are_refused_or_not_told(tokens: Tokens):
+    for text in (b"\\ud800", b"x\\udc00y"):
+        with pytest.raises(BadRequest):
+            ClientRequest.parse(COMPLETIONS, b'{"prompt": "%b"}' % text)
+    # The proxy does not look into what it only forwards: UTF-8 that is none is the engine's to refuse.
+    assert await tokens.ids(ClientRequest.parse(COMPLETIONS, b'{"prompt": "\xed\xa0\x80"}')) is None
