@@ -3,7 +3,7 @@
 A vLLM server imports torch and vLLM three times over (interface, engine core, worker); on two cores that is
 most of a minute for each engine. `PreloadedVllm` holds one process that has imported it all and forks it for
 every server, and has the servers fork their own parts. What runs after the imports is vLLM's own server, but
-for one constant: see `SPIN_SECONDS`.
+for two constants: see `SPIN_SECONDS` and `RECHECK_MS`.
 """
 
 import ctypes
@@ -23,6 +23,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 SPIN_SECONDS = 0.001
 """How long a worker polls for its next step before it sleeps. vLLM's own 1 s assumes a core for each worker;
 with more engines than cores every worker that spins takes its time from an engine that has work."""
+RECHECK_MS = 50
+"""How long it sleeps before it looks by itself. vLLM's message that wakes it can get lost, and then it looks
+after 5 s; who spins for a second hardly meets that."""
 _READY = b"ready\n"
 _GONE = "the process that preloads vLLM is gone; its messages are above"
 
@@ -127,6 +130,7 @@ def _import_vllm() -> None:
     from vllm.distributed.device_communicators import shm_broadcast
 
     shm_broadcast.SpinCondition.__init__.__defaults__ = (SPIN_SECONDS,)
+    shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = RECHECK_MS
     for name in (
         "vllm.entrypoints.openai.api_server",
         "vllm.v1.engine.core",
