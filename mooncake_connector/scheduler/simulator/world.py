@@ -49,6 +49,7 @@ class World:
 
     Attributes:
         tasks: every request, with what became of it.
+        engines: by name.
         gaps: between tokens, of all answers.
         samples: loads over time.
         copies: prefixes that were copied from engine to engine.
@@ -72,7 +73,7 @@ class World:
         self.conductor = Conductor(setup.scheduling, self._index, self.estimators, setup.seed)
         self._links = Links(setup.costs)
         self._copies: dict[int, tuple[str, int, int, float]] = {}
-        self._engines: dict[str, Engine] = {}
+        self.engines: dict[str, Engine] = {}
         pools: dict[Side, int] = {"prefill": setup.prefill, "decode": setup.decode, "coupled": setup.coupled}
         for side, count in pools.items():
             for number in range(count):
@@ -98,6 +99,14 @@ class World:
                 self._schedule(self._woken, self._wake, 0)
         self.wall = time.perf_counter() - began
 
+    def settle(self) -> None:
+        """What is still to come when the last request has ended, such as KV of one that was dropped."""
+        pending = (self._arrive, self._wake, self._progress, self._sample)
+        while self._events:
+            now, _, call, argument = heapq.heappop(self._events)
+            if call not in pending:
+                call(now, argument)
+
     # What engines say.
 
     def computed(self, task: Task, now: float) -> None:
@@ -110,15 +119,15 @@ class World:
             cached=task.hit,
         )
         if isinstance(verdict, Rejected):
-            self._engines[task.prefill].release(task, now)
+            self.engines[task.prefill].release(task, now)
             if self.setup.order == "concurrent":
-                self._engines[task.decode].release(task, now)
+                self.engines[task.decode].release(task, now)
             self._end(task, "dropped")
             return
         if self.setup.first_token == "prefill":
             self._first(task, now)
         if self.setup.order == "serial":
-            self._engines[task.decode].reserve(task, now)
+            self.engines[task.decode].reserve(task, now)
         elif task.reserved >= 0:
             self._send(task, now)
 
@@ -166,14 +175,14 @@ class World:
             self._decide(self.tasks[int(name)], verdict, now)
 
     def _progress(self, now: float, _: int) -> None:
-        for engine in self._engines.values():
+        for engine in self.engines.values():
             for task, tokens in engine.progress(now):
                 self.conductor.progressed(task.name, tokens, now)
         self._schedule(now + self.setup.progress, self._progress, 0)
 
     def _sample(self, now: float, _: int) -> None:
         slo, costs = self.setup.scheduling.slo, self.setup.costs
-        engines = self._engines.values()
+        engines = self.engines.values()
         first = [engine for engine in engines if not engine.name.startswith("decode")]
         second = [engine for engine in engines if not engine.name.startswith("prefill")]
         self.samples.append(
@@ -190,21 +199,21 @@ class World:
 
     def _submit(self, now: float, number: int) -> None:
         task = self.tasks[number]
-        self._engines[task.prefill].submit(task, now)
+        self.engines[task.prefill].submit(task, now)
 
     def _copied(self, now: float, number: int) -> None:
         """The copy of a prefix has come."""
         task = self.tasks[number]
         source, blocks, missing, began = self._copies.pop(number)
-        self._engines[task.prefill].blocks.receive(task.keys[:blocks])
+        self.engines[task.prefill].blocks.receive(task.keys[:blocks])
         self.conductor.copied(source, task.prefill, missing, now - began)
         self._submit(now, number)
 
     def _landed(self, now: float, number: int) -> None:
         task = self.tasks[number]
         task.landed = now
-        self._engines[task.decode].join(task, now)
-        self._engines[task.prefill].release(task, now)
+        self.engines[task.decode].join(task, now)
+        self.engines[task.prefill].release(task, now)
 
     def _told(self, now: float, number: int) -> None:
         """The client has its first token."""
@@ -229,14 +238,14 @@ class World:
         task.prefill = placement.prefill or placement.decode
         task.elsewhere = placement.prefill is not None
         if task.elsewhere and self.setup.order == "concurrent":
-            self._engines[task.decode].reserve(task, now)
+            self.engines[task.decode].reserve(task, now)
         there = now + costs.ingress + costs.ingress_per_token * task.prompt
         if placement.copy is not None:
             source = placement.copy.source
             keys = task.keys[: placement.copy.tokens // BLOCK]
             # What the source holds of it by now.
-            blocks = self._engines[source].blocks.match(keys)
-            missing = BLOCK * (blocks - self._engines[task.prefill].blocks.match(keys))
+            blocks = self.engines[source].blocks.match(keys)
+            missing = BLOCK * (blocks - self.engines[task.prefill].blocks.match(keys))
             if missing > 0:
                 self.copies += 1
                 self._copies[task.number] = (source, blocks, missing, now)
@@ -265,7 +274,7 @@ class World:
         index.join(name)
         more = costs.cache_tokens
         blocks = Blocks(costs.kv_tokens, more, partial(index.store, name), partial(index.remove, name))
-        self._engines[name] = Engine(
+        self.engines[name] = Engine(
             name, costs, blocks, self.gaps, self, self._schedule, whole=self.setup.whole
         )
         instance = Instance(name=name, side=side, group="all", kv_tokens=costs.kv_tokens)
