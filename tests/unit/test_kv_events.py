@@ -19,10 +19,11 @@ END = (-1).to_bytes(8, "big", signed=True)
 PROMPT = list(range(40))
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_ports() -> tuple[int, int]:
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        return one.getsockname()[1], other.getsockname()[1]
 
 
 def bind(socket: zmq.asyncio.Socket, port: int) -> None:
@@ -44,11 +45,13 @@ class Publisher:
         topics: whether answers carry the topic, as those of vLLM 0.32 do.
     """
 
-    def __init__(self, port: int, *, started: float = 0.0, keeps: int = 1000, topics: bool = True) -> None:
+    def __init__(
+        self, ports: tuple[int, int], *, started: float = 0.0, keeps: int = 1000, topics: bool = True
+    ) -> None:
         context = zmq.asyncio.Context.instance()
         self.pub, self.router = context.socket(zmq.PUB), context.socket(zmq.ROUTER)
-        bind(self.pub, port)
-        bind(self.router, port + 1)
+        bind(self.pub, ports[0])
+        bind(self.router, ports[1])
         self.number, self.ts, self.keeps, self.topics = 0, started, keeps, topics
         self.kept: list[tuple[int, bytes]] = []
         self.drop_answers: set[int] = set()
@@ -98,14 +101,14 @@ class World:
     """A publisher, a subscriber, and the index between them."""
 
     def __init__(self, **publisher) -> None:
-        self.port = free_port()
-        self.publisher = Publisher(self.port, **publisher)
+        self.ports = free_ports()
+        self.publisher = Publisher(self.ports, **publisher)
         self.index = PrefixIndex(4)
         self.subscriber: KvEventSubscriber
 
     def subscribe(self, *, replay: bool = True, check_seconds: float = 0.1) -> KvEventSubscriber:
-        again = f"tcp://127.0.0.1:{self.port + 1}" if replay else ""
-        source = KvEventSource(f"tcp://127.0.0.1:{self.port}", again, "kv")
+        again = f"tcp://127.0.0.1:{self.ports[1]}" if replay else ""
+        source = KvEventSource(f"tcp://127.0.0.1:{self.ports[0]}", again, "kv")
         blocks = EngineBlocks(self.index, "e")
         self.subscriber = KvEventSubscriber(blocks, source, check_seconds=check_seconds, replay_seconds=0.3)
         return self.subscriber
@@ -113,7 +116,7 @@ class World:
     async def restart(self, **publisher) -> None:
         self.publisher.close()
         await asyncio.sleep(0.05)
-        self.publisher = Publisher(self.port, started=1000.0, **publisher)
+        self.publisher = Publisher(self.ports, started=1000.0, **publisher)
 
     def matched(self, tokens=PROMPT) -> int:
         return self.index.match(self.index.keys(tokens)).get("e", 0)
@@ -260,7 +263,7 @@ async def test_a_lost_connection_loses_nothing(world):
         old = w.publisher
         old.close()
         await asyncio.sleep(0.05)
-        w.publisher = Publisher(w.port)
+        w.publisher = Publisher(w.ports)
         w.publisher.kept, w.publisher.number, w.publisher.ts = old.kept, old.number, old.ts
         await w.publisher.send(block(1))
         await w.until(lambda: w.matched() == 2)
