@@ -11,7 +11,7 @@ import numpy as np
 
 from mooncake_connector.scheduler.base import Arrival, Rejected
 from mooncake_connector.scheduler.decode_table import Answer, Floats
-from mooncake_connector.scheduler.estimators import Estimators
+from mooncake_connector.scheduler.estimators import Calibration, Estimators
 from mooncake_connector.scheduler.fairness import Ranks, Usage
 from mooncake_connector.scheduler.ledger import Ledger
 from mooncake_connector.scheduler.routing import Route, Router
@@ -25,10 +25,10 @@ MEMORY = 200
 STAGES = np.array([0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
 # When room is looked for, seconds after the prompt would be computed.
 LATER = np.array([0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0])
-# Other decode engines that are looked at when the best one has no room.
-OTHERS = 2
-# TTFT of those with a prediction in the upper half of what was promised; looked at after each so many.
-CLOSE, ENOUGH = "ttft_close", 20
+# So many other decode engines are looked at when the best one has no room.
+OTHERS = 1
+# After so many more observations a margin is set anew.
+ENOUGH = 20
 # Who takes more than so many others only makes way when it is tight: the power of the rank.
 STEEP = 2
 # Whoever is rejected is told to come back no sooner, seconds.
@@ -82,6 +82,29 @@ class Load(msgspec.Struct, frozen=True):
         )
 
 
+class Margin:
+    """By how much a prediction is exceeded, by one of ten for whom it is close.
+
+    Attributes:
+        factor: observed over predicted; at least 1.
+    """
+
+    def __init__(self, calibration: Calibration, quantity: str) -> None:
+        self._calibration = calibration
+        self._quantity = quantity
+        self._count = 0
+        self.factor = 1.0
+
+    def add(self, predicted: float, observed: float, limit: float) -> None:
+        """Only those are counted that were predicted to take more than half of what is promised."""
+        if predicted <= limit / 2:
+            return
+        self._calibration.observe(self._quantity, predicted, observed)
+        self._count += 1
+        if self._count % ENOUGH == 0:
+            self.factor = max(1.0, self._calibration.ratio(self._quantity, 0.9))
+
+
 class Gate:
     """Judges routes. ``none`` lets everybody in, any other mode nobody above the emergency threshold.
 
@@ -102,23 +125,20 @@ class Gate:
         self._router = router
         self._step = estimators.step
         self._usage = usage
-        self._calibration = estimators.calibration
-        self._lasting = LASTING
+        self._lasting, self._lasted = LASTING, 0
         self._prompts, self._answers = Ranks(), Ranks()
-        # Observed over predicted TTFT that nine of ten do not exceed, of those for whom it is close.
-        self._margin, self._close = 1.0, 0
+        self._ttft = Margin(estimators.calibration, "ttft_close")
+        self._tbt = Margin(estimators.calibration, "tbt_close")
 
-    def lasted(self, seconds: float) -> None:
-        """An answer took so long from its first token to its last."""
-        self._lasting += (seconds - self._lasting) / MEMORY
+    def lasted(self, arrival: Arrival, predicted: float, observed: float, seconds: float) -> None:
+        """An answer ended: TBT as predicted and as it was, and seconds from its first token to its last."""
+        self._tbt.add(predicted, observed, arrival.slo.tbt)
+        self._lasted = min(self._lasted + 1, MEMORY)
+        self._lasting += (seconds - self._lasting) / self._lasted
 
     def began(self, arrival: Arrival, predicted: float, observed: float) -> None:
         """TTFT of an answer, as was predicted and as it was."""
-        if predicted > arrival.slo.ttft_of(arrival.tokens) / 2:
-            self._calibration.observe(CLOSE, predicted, observed)
-            self._close += 1
-            if self._close % ENOUGH == 0 and (found := self._calibration.summary(CLOSE)):
-                self._margin = max(1.0, found.ratio[2])
+        self._ttft.add(predicted, observed, arrival.slo.ttft_of(arrival.tokens))
 
     def came(self, arrival: Arrival, route: Route, answer: Answer) -> None:
         """A request came; whether it is let in is another question."""
@@ -163,9 +183,9 @@ class Gate:
         if self._mode != "baseline" or route.decode not in self._ledger.instances:
             return None
         slot = self._ledger.decode(route.decode)
-        if not slot.batch:
+        if slot.requests == 1:
             return None
-        load = self._load(arrival, route.decode, slot.batch, slot.context(now) + arrival.tokens)
+        load = self._load(arrival, route.decode, slot.batch - 1, slot.context(now))
         return load.rejected(0.0) if load.share > 1 else None
 
     def _idle(self, route: Route) -> bool:
@@ -224,20 +244,21 @@ class Gate:
         ahead: Ahead,
     ) -> Route | Refusal:
         reserved = self._share(arrival)
-        own, margin = route.ttft - route.queue, self._margin
+        own = route.ttft - route.queue
         share = reserved * self._modest(self._prompts.rank(route.seconds))
-        room = share * (limit / margin - own)
+        room = share * (limit / self._ttft.factor - own)
         if route.queue > room:
-            load = Load("ttft", route.ttft, own + max(0.0, room))
+            load = Load("ttft", route.ttft, min(limit, own + max(0.0, room)))
             return Refusal(load.rejected(route.queue - room))
         share = reserved * self._modest(self._answers.rank(_area(arrival, answer)))
-        worst = self._whole(arrival, route, answer, share, now, aged)
+        worst, tbt = self._whole(arrival, route, answer, share, now, aged)
         if worst.share <= 1:
-            return route
+            return msgspec.structs.replace(route, tbt=tbt)
         if route.computes != route.decode:
             for other in self._others(arrival, route, now):
-                if self._whole(arrival, other, answer, share, now, aged).share <= 1:
-                    return other
+                load, tbt = self._whole(arrival, other, answer, share, now, aged)
+                if load.share <= 1:
+                    return msgspec.structs.replace(other, tbt=tbt)
         wait = self._wait(arrival, route, answer, share, now, ahead)
         return Refusal(worst.rejected(wait), wait)
 
@@ -259,8 +280,8 @@ class Gate:
 
     def _whole(
         self, arrival: Arrival, route: Route, answer: Answer, share: float, now: float, aged: Ahead
-    ) -> Load:
-        """What comes nearest to breaking a promise while this answer is written, its own or another's.
+    ) -> tuple[Load, float]:
+        """What comes nearest to breaking a promise while it is written, its own or another's; and its TBT.
 
         What it takes itself is not held against it, `share` is of what it has in common with others.
         """
@@ -280,14 +301,15 @@ class Gate:
         )
         # The promise is of the mean over an answer; answers end at any of the stages.
         means = np.cumsum((paces[1:] + paces[:-1]) / 2 * np.diff(STAGES)) / STAGES[1:]
-        tbt = Load("tbt", float(means.max()), alone + share * max(0.0, limit - alone))
+        room = max(0.0, limit / self._tbt.factor - alone)
+        tbt = Load("tbt", float(means.max()), alone + share * room)
         if not slot.capacity:
-            return tbt
+            return tbt, float(means[-1])
         full = (need + share * np.maximum(slot.capacity - need, 0.0)) / slot.capacity
         taken = (context + need) / slot.capacity
         tightest = int(np.argmax(taken / full))
         kv = Load("overload", float(taken[tightest]), float(full[tightest]))
-        return max(tbt, kv, key=lambda load: load.share)
+        return max(tbt, kv, key=lambda load: load.share), float(means[-1])
 
     def _wait(
         self, arrival: Arrival, route: Route, answer: Answer, share: float, now: float, ahead: Ahead

@@ -25,9 +25,9 @@ from mooncake_connector.scheduler.routing import Route, Router
 from mooncake_connector.scheduler.scheduling import Scheduling
 
 # Those that wait are looked at when something ended, not more often than this, and now and then. Seconds.
-PAUSE, NAP = 0.05, 1.0
+PAUSE, NAP = 0.25, 1.0
 # So many of them at a time that go on waiting.
-LOOKS = 3
+LOOKS = 2
 
 
 class Prefixes(Protocol):
@@ -169,6 +169,8 @@ class Conductor:
         if flight is None:
             return None
         route = flight.route
+        if queued is not None:
+            self._estimators.calibration.observe("queue", route.queue, queued)
         if self._ledger.prefilled(id, now):
             held = route.cached if cached is None else cached
             self._measure(route.computes, flight.arrival.tokens, held, computed, now)
@@ -251,8 +253,8 @@ class Conductor:
         passed = now - flight.since
         if output < 2 or min(lasted, passed, flight.since) <= 0 or decode not in self._ledger.instances:
             return
-        self._gate.lasted(lasted)
         tbt = lasted / (output - 1)
+        self._gate.lasted(flight.arrival, flight.route.tbt, tbt, lasted)
         batch, context = (
             (after - before) / passed
             for before, after in zip(flight.areas, self._ledger.decode(decode).areas(now), strict=True)

@@ -5,6 +5,7 @@ engine, not in seconds: when an engine becomes slower, nothing in the table chan
 be is kept as a few equally likely lengths; a request counts, later, by the share of those not reached yet.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self
 
@@ -174,7 +175,7 @@ class DecodeTable:
         self._ends[:, row] = answer.ends
         self._whole[row] = prompt + answer.mean
         self._slots[number].requests += 1
-        self._slots[number].committed += self._whole[row]
+        self._slots[number].committed += prompt + answer.mean
 
     def joins(self, id: str, moment: float) -> None:
         """Another prediction of when it begins; of no account once it has begun."""
@@ -184,11 +185,12 @@ class DecodeTable:
         """It has so many tokens: the first such call begins it. Less than none: it begins later."""
         row = self._rows[id]
         slot = self._slots[self._engine[row]]
-        before, begins = self._start[row], np.isnan(self._start[row])
+        before = float(self._start[row])
+        begins = math.isnan(before)
         start = slot.steps(now) - tokens
         self._start[row] = start
         if begins:
-            slot.change(1, self._prompt[row] - start, now, self._pace)
+            slot.change(1, float(self._prompt[row]) - start, now, self._pace)
         else:
             slot.change(0, before - start, now, self._pace)
 
@@ -197,9 +199,9 @@ class DecodeTable:
         row, last = self._rows.pop(id), len(self) - 1
         slot = self._slots[self._engine[row]]
         slot.requests -= 1
-        slot.committed = max(0.0, slot.committed - self._whole[row]) if slot.requests else 0.0
+        slot.committed = max(0.0, slot.committed - float(self._whole[row])) if slot.requests else 0.0
         if not np.isnan(self._start[row]):
-            slot.change(-1, self._start[row] - self._prompt[row], now, self._pace)
+            slot.change(-1, float(self._start[row] - self._prompt[row]), now, self._pace)
         if row != last:
             for column in (self._engine, self._prompt, self._joins, self._floor, self._start):
                 column[row] = column[last]
