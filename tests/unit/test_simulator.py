@@ -107,9 +107,8 @@ def test_every_request_ends_once_and_leaves_nothing_behind(
 def test_who_is_dropped_after_prefill_gives_back_its_room() -> None:
     jobs = [Job(at / 10, 3000, 200) for at in range(20)]
     world = played("1P1D", jobs, admission="baseline", slo=Slo(tbt=0.005))
-    outcomes = {task.outcome for task in world.tasks}
+    assert {task.outcome for task in world.tasks} >= {"done", "dropped"}
     world.settle()
-    assert outcomes == {"done", "dropped"}
     assert [engine.blocks.used for engine in world.engines.values()] == [0, 0]
 
 
