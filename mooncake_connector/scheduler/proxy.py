@@ -110,7 +110,8 @@ class Proxy:
                 self._engine,
                 self._session,
                 self.metrics,
-                order=settings.order,
+                # Who is rejected once the prompt is computed must not be with decode by then.
+                order="serial" if settings.scheduling.admission == "baseline" else settings.order,
                 first_token=settings.first_token,
                 max_retries=settings.max_retries,
             )
@@ -123,6 +124,7 @@ class Proxy:
             )
             async with AsyncExitStack() as stack:
                 stack.callback(self._tokens.close)
+                stack.push_async_callback(self._holdings.close)
                 stack.callback(steering.close)
                 stack.push_async_callback(self._dispatcher.close)
                 await stack.enter_async_context(prober)
@@ -140,11 +142,12 @@ class Proxy:
     def _steer(self) -> Steering:
         """Put together what decides about requests."""
         settings = self.settings
+        self._holdings = Holdings(self.index)
         steering = Steering(
             self.pool,
             self.conductor,
             self._estimators,
-            Holdings(self.index),
+            self._holdings,
             self.metrics,
             settings.scheduling,
             settings.fixed_slo,

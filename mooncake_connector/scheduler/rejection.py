@@ -8,8 +8,8 @@ from mooncake_connector.scheduler.base import Rejected
 
 STATUS = 429
 _WHAT = {
-    "ttft": "the first token would come {predicted:.3g} s after the request, {limit:.3g} s are promised",
-    "tbt": "tokens would come {predicted:.3g} s apart, {limit:.3g} s are promised",
+    "ttft": "the first token would come after {predicted:.3g} s, more than {limit:.3g} s",
+    "tbt": "tokens would come {predicted:.3g} s apart, more than {limit:.3g} s",
     "overload": "the load is {predicted:.3g}, from {limit:.3g} on nobody is let in",
 }
 
@@ -34,7 +34,7 @@ def body(rejected: Rejected) -> bytes:
         "code": STATUS,
         "slo": rejected.target,
         "predicted": round(rejected.predicted, 6),
-        "limit": rejected.limit,
+        "limit": round(rejected.limit, 6),
         "retry_after": retry_seconds(rejected),
     }
     return msgspec.json.encode({"error": error})

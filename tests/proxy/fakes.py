@@ -60,6 +60,7 @@ class FakeEngine:
         self.released: list[str] = []
         self.delay = 0.0
         self.gap = self.first_gap = 0.0
+        self.per_token = 0.0  # seconds that it says its prompts took
         self.stream = events()
         self.later_streams: list[list[bytes]] = []
         self.sampled = -1
@@ -143,7 +144,7 @@ class FakeEngine:
             assert body["max_tokens"] == 1
             self.released.append(released)
             return web.json_response({"choices": []})
-        if (body.get("kv_transfer_params") or {}).get("timeline"):
+        if isinstance((body.get("kv_transfer_params") or {}).get("timeline"), str):
             assert body["max_tokens"] == 1
             told = {"timeline": {"received": 1.5}, "first_token": self.sampled}
             return web.json_response({"choices": [], "kv_transfer_params": told})
@@ -180,6 +181,10 @@ class FakeEngine:
                 "remote_engine_id": self.engine_id,
                 "serial": True,
             }
+            if self.per_token:
+                took = self.per_token * len(call.body["prompt"])
+                handed["timeline"] = {"received": 5.0, "scheduled": 5.0, "prefilled": 5.0 + took}
+                handed["cached_tokens"] = 0
             return web.json_response({"choices": [], "kv_transfer_params": handed})
         if not call.body.get("stream"):
             return web.Response(body=self.answer, content_type="application/json")

@@ -65,7 +65,6 @@ class SchedulerSide:
         self._caching = bool(vllm_config.cache_config.enable_prefix_caching)
         self._group_ids = transfer_group_ids(kv_cache_config)
         self._groups: tuple[Group, ...] = groups_of(kv_cache_config)
-        # All groups take their blocks from one store.
         per_block = min(group.block_size for group in self._groups)
         self._kv_tokens = kv_cache_config.num_blocks // len(kv_cache_config.kv_cache_groups) * per_block
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -318,8 +317,8 @@ class SchedulerSide:
         self._forced.discard(request.request_id)
         if params.get("probe"):
             return False, self.describe()
-        if asked := params.get("timeline"):
-            return False, self._timelines.get(str(asked))
+        if type(asked := params.get("timeline")) is str:  # prefill's answer, handed on, has one of its own
+            return False, self._timelines.get(asked)
         if (receive := self._receives.pop(request.request_id, None)) is not None:
             return False, self._receive_finished(request.request_id, receive)
         if (send := self._sends.pop(request.request_id, None)) is None:
