@@ -3,7 +3,6 @@
 A decode engine's load is the larger of time per token over what is promised, and of KV taken over all KV.
 """
 
-import math
 from typing import Literal
 
 import msgspec
@@ -290,23 +289,23 @@ class Gate:
         need = arrival.tokens + own
         # No faster than promised: whoever is let in may slow it down to that.
         moments = now + route.ttft + own * max(route.tbt, slot.pace)
-        batch, context = self._crowd(route.decode, moments, now, aged)
+        batch, context, beyond = self._crowd(route.decode, moments, now, aged)
         alone = self._step.seconds(route.decode, 1, arrival.tokens)
         limit = min(arrival.slo.tbt, self._ledger.strictest(route.decode))
         paces = np.array(
             [
-                self._step.seconds(route.decode, math.ceil(others) + 1, int(tokens))
+                self._step.seconds(route.decode, round(others) + 1, int(tokens))
                 for others, tokens in zip(batch.tolist(), (context + need).tolist(), strict=True)
             ]
         )
         # The promise is of the mean over an answer; answers end at any of the stages.
         means = np.cumsum((paces[1:] + paces[:-1]) / 2 * np.diff(STAGES)) / STAGES[1:]
-        room = max(0.0, limit / self._tbt.factor - alone)
+        room = max(0.0, limit - alone) / self._tbt.factor
         tbt = Load("tbt", float(means.max()), alone + share * room)
         if not slot.capacity:
             return tbt, float(means[-1])
         full = (need + share * np.maximum(slot.capacity - need, 0.0)) / slot.capacity
-        taken = (context + need) / slot.capacity
+        taken = (context + beyond + need) / slot.capacity
         tightest = int(np.argmax(taken / full))
         kv = Load("overload", float(taken[tightest]), float(full[tightest]))
         return max(tbt, kv, key=lambda load: load.share), float(means[-1])
@@ -315,21 +314,21 @@ class Gate:
         self, arrival: Arrival, route: Route, answer: Answer, share: float, now: float, ahead: Ahead
     ) -> float:
         """Seconds until its decode engine is predicted to have room for it and for those ahead of it."""
-        batch, context = self._crowd(route.decode, now + route.ttft + LATER, now, ahead)
+        batch, context, beyond = self._crowd(route.decode, now + route.ttft + LATER, now, ahead)
+        context = context + beyond
         need = arrival.tokens + answer.mean
         for later, others, tokens in zip(LATER.tolist(), batch.tolist(), context.tolist(), strict=True):
             if self._load(arrival, route.decode, others, tokens + need).share <= share:
                 return float(later)
         return float(LATER[-1])
 
-    def _crowd(self, name: str, moments: Floats, now: float, ahead: Ahead) -> tuple[Floats, Floats]:
-        """Batch and context of an engine at some moments, with caution and its part of those ahead."""
+    def _crowd(self, name: str, moments: Floats, now: float, ahead: Ahead) -> tuple[Floats, Floats, Floats]:
+        """Batch and context of an engine at some moments, and tokens of KV that may be taken beyond that."""
         found = self._ledger.decode_over(name, moments, now)
-        more = self._settings.caution * found.spread
         engines = len(self._ledger.writers())
-        batch = found.batch + more + ahead.requests / engines
-        each = found.context / np.maximum(found.batch, 1.0)
-        return batch, found.context + more * each + ahead.tokens / engines
+        # Time per token is a mean over an answer, and evens out; KV that is not there stops an engine.
+        beyond = self._settings.caution * found.spread * found.context / np.maximum(found.batch, 1.0)
+        return found.batch + ahead.requests / engines, found.context + ahead.tokens / engines, beyond
 
 
 def _area(arrival: Arrival, answer: Answer) -> float:

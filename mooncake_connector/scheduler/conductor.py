@@ -28,6 +28,8 @@ from mooncake_connector.scheduler.scheduling import Scheduling
 PAUSE, NAP = 0.25, 1.0
 # So many of them at a time that go on waiting.
 LOOKS = 2
+# So many wait at most: beyond, it can't be told any more when there will be room.
+MOST = 64
 
 
 class Prefixes(Protocol):
@@ -118,7 +120,7 @@ class Conductor:
         if isinstance(judged, Route):
             return self._place(arrival, judged, answer, now, now)
         patience = arrival.slo.ttft_of(arrival.tokens) - route.ttft
-        if judged.wait is None or judged.wait > patience:
+        if judged.wait is None or judged.wait > patience or len(self._line) >= MOST:
             return judged.rejected
         waiter = Waiter(arrival, answer, self._cost(arrival.tokens, route, answer), now, now + patience)
         self._line.add(waiter)

@@ -36,8 +36,8 @@ class Scheduling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         emergency_kv: the same for tokens of all answers in flight, as a multiple of what decode can hold.
         reserve: share of TTFT, TBT and KV that is kept for the more urgent, and for tenants that had no more
             than their part, when there are any; ``per_request`` only.
-        caution: standard deviations by which more answers are expected to be in flight than on average;
-            ``per_request`` only.
+        caution: standard deviations by which more KV is expected to be taken than on average; ``per_request``
+            only.
         favour_cheap: share of what is left of TTFT, TBT and KV that the dearest requests leave to the others,
             0 to 1: with more, fewer are rejected, and those are the long ones; ``per_request`` only.
         slo: promised to those that no rule names.

@@ -254,7 +254,7 @@ def test_per_request_looks_at_the_lengths_of_others() -> None:
 def test_per_request_keeps_what_was_promised_to_others() -> None:
     world = World(kv_tokens=0)
     for number in range(10):
-        world.decoding(str(number), tokens=10, max_tokens=100_000, slo=Slo(tbt=0.0205))
+        world.decoding(str(number), tokens=10, max_tokens=100_000, slo=Slo(tbt=0.0182))
     verdict = world.arrive("a", slo=Slo(tbt=1.0, ttft=1.5))
     assert isinstance(verdict, Rejected)
     assert verdict.target == "tbt"
