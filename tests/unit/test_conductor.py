@@ -252,12 +252,19 @@ def test_per_request_looks_at_the_lengths_of_others() -> None:
 
 
 def test_per_request_keeps_what_was_promised_to_others() -> None:
-    world = World(kv_tokens=0)
-    for number in range(10):
-        world.decoding(str(number), tokens=10, max_tokens=100_000, slo=Slo(tbt=0.0182))
-    verdict = world.arrive("a", slo=Slo(tbt=1.0, ttft=1.5))
-    assert isinstance(verdict, Rejected)
-    assert verdict.target == "tbt"
+    def rejected(first: Slo) -> list[str]:
+        world = World(kv_tokens=0)
+        world.decoding("first", tokens=10, max_tokens=100_000, slo=first)
+        found = []
+        for number in range(30):
+            verdict = world.arrive(str(number), tokens=10, max_tokens=100_000, slo=Slo(tbt=1.0, ttft=1.5))
+            if isinstance(verdict, Rejected):
+                found.append(verdict.target)
+            world.conductor.first_token(str(number), 0.0)
+        return found
+
+    assert rejected(Slo(tbt=1.0)) == []
+    assert set(rejected(Slo(tbt=0.02))) == {"tbt"}
 
 
 def test_per_request_takes_another_decode_engine_if_the_best_has_no_room() -> None:
