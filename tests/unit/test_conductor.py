@@ -257,7 +257,7 @@ def test_per_request_keeps_what_was_promised_to_others() -> None:
         world.decoding("first", tokens=10, max_tokens=100_000, slo=first)
         found = []
         for number in range(30):
-            verdict = world.arrive(str(number), tokens=10, max_tokens=100_000, slo=Slo(tbt=1.0, ttft=1.5))
+            verdict = world.arrive(str(number), tokens=10, max_tokens=100_000, slo=Slo(tbt=1.0, ttft=0.4))
             if isinstance(verdict, Rejected):
                 found.append(verdict.target)
             world.conductor.first_token(str(number), 0.0)
