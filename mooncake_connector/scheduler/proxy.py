@@ -72,8 +72,8 @@ class Proxy:
         self.pool = Pool(settings.prefill, settings.decode)
         self.metrics = ProxyMetrics(self.pool)
         self.index = PrefixIndex()
-        self._estimators = Estimators()
-        self.conductor = Conductor(settings.scheduling, self.index, self._estimators)
+        self.estimators = Estimators()
+        self.conductor = Conductor(settings.scheduling, self.index, self.estimators)
         self._engine = engine or VllmEngine(
             api_key=settings.engine_api_key, probe_timeout=settings.probe_timeout
         )
@@ -103,7 +103,7 @@ class Proxy:
             auto_decompress=False,
             skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT_ENCODING),
         ) as self._session:
-            steering = self._steer()
+            steering = self.steering = self._steer()
             self._dispatcher = Dispatcher(
                 self.pool,
                 steering,
@@ -146,7 +146,7 @@ class Proxy:
         steering = Steering(
             self.pool,
             self.conductor,
-            self._estimators,
+            self.estimators,
             self._holdings,
             self.metrics,
             settings.scheduling,
@@ -175,7 +175,7 @@ class Proxy:
                 lambda: self.conductor.accounts(clock()),
                 self.conductor.waiting,
                 lambda: len(self.index),
-                self._estimators.calibration,
+                self.estimators.calibration,
             )
         )
         return steering

@@ -205,17 +205,19 @@ def _spelled(name: str) -> str:
 def _explained(name: str, value: Any, error: str) -> str:
     """What msgspec says of a value, with the whole way to it, and with the choices if there are some."""
     said, _, at = error.partition(" - at `$")
-    keys = [key for key in at.rstrip("`").split(".") if key]
+    # It does not name the keys of a mapping.
+    keys = [key for key in at.rstrip("`").replace("[...]", ".*").split(".") if key]
     kind: Any = _types()[name]
     for key in keys:
-        value = value.get(key, value) if isinstance(value, dict) else value
+        value = value.get(key) if isinstance(value, dict) else None
         fields = (
             {field.name: field.type for field in msgspec.structs.fields(kind)} if _is_struct(kind) else {}
         )
         kind = fields.get(key)
     choices = [choice for choice in get_args(kind) if isinstance(choice, str)]
     mend = f"choose {' or '.join(choices)}" if choices else said
-    return f"{_spelled('.'.join((name, *keys)))} can't be {value!r}: {mend}"
+    wrong = "is wrong" if value is None else f"can't be {value!r}"
+    return f"{_spelled('.'.join((name, *keys)))} {wrong}: {mend}"
 
 
 def _is_struct(kind: Any) -> bool:
