@@ -4,9 +4,10 @@
 
 Four comparisons, after Mooncake's (FAST'25; arXiv 2407.00079v3), with engines of the preset
 a800x8-llama2-70b. Coupled rivals have chunked prefill and prefix cache and are routed by the same conductor
-(in its coupled mode) or by least load; ``steps of 512`` are tuned for the TBT that is promised. ``whole
-prompts``, labelled so, are the papers' kind: decode stands still while a prompt is computed. All engines are
-models: benchmarks/scheduler_validation.py says how far such a model is off.
+(in its coupled mode); ``steps of 512`` are tuned for the TBT that is promised. ``whole prompts``, labelled
+so, are the papers' kind, routed by least load: decode stands still while a prompt is computed. ``admission``
+is this project's (per_request), for both sides; without it a pool that is overloaded serves nobody in time.
+All engines are models: benchmarks/scheduler_validation.py says how far such a model is off.
 """
 
 import argparse
@@ -40,16 +41,18 @@ WHOLE: dict[str, Any] = {"whole": True}
 # Steps short enough for 0.1 s between tokens: what a good operator of coupled engines sets.
 SHORT: dict[str, Any] = {"costs": msgspec.structs.replace(COSTS, step_tokens=512)}
 # By name: pools, routing, and what else is set.
+OURS: dict[str, Any] = {"admission": "per_request"}
 SYSTEMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "10P10D": ("10P10D", "conductor", {}),
-    "10P10D, early rejection": ("10P10D", "conductor", {"admission": "early"}),
-    "16P4D": ("16P4D", "conductor", {}),
+    "10P10D, admission": ("10P10D", "conductor", OURS),
+    "16P4D, admission": ("16P4D", "conductor", OURS),
     "20 coupled": ("20C", "conductor", {}),
     "20 coupled, steps of 512": ("20C", "conductor", SHORT),
-    "20 coupled, least loaded": ("20C", "least_loaded", {}),
+    "20 coupled, steps of 512, admission": ("20C", "conductor", SHORT | OURS),
     "20 coupled, whole prompts": ("20C", "least_loaded", WHOLE),
+    "20 coupled, whole prompts, admission": ("20C", "least_loaded", WHOLE | OURS),
 }
-SPEEDS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5)
+SPEEDS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 LENGTHS = (16384, 32768, 65536, 131072)
 LONG_SYSTEMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "3P1D": ("3P1D", "conductor", {}),
@@ -62,7 +65,7 @@ ADMISSIONS = ("baseline", "early", "predicted", "per_request")
 # Pools, replay speed and TBT promised: the paper's pools, and pools of which both sides are at their limit.
 OVERLOADS = (("8P8D", 2.0, 0.1), ("8P8D", 3.0, 0.1), ("12P2D", 3.0, 0.03))
 ROUTINGS = ("random", "least_loaded", "local_cache", "conductor")
-ROUTING_SPEEDS = (1.0, 1.5, 1.75)
+ROUTING_SPEEDS = (0.75, 1.0, 1.1, 1.25, 1.5)
 KEPT = 0.9  # the part of requests that has to be within the SLO
 
 

@@ -105,7 +105,27 @@ _A800_70B = _roofline(
     reduce_latency=15e-6,
 )
 
-PRESETS = {"h200-8b": _H200_8B, "a800x8-llama2-70b": _A800_70B}
+_CPU_TINY = Costs(
+    source=(
+        "vLLM 0.32 on two CPU cores, a Llama of 4 layers and 256 dimensions: prefill fitted from "
+        "benchmarks/results/ttft-cpu.json (110, 440 and 1,500 tokens); decode steps of 3.5 ms, and what sequences "
+        "and context add to them, from bandwidth, not from a measurement"
+    ),
+    base=3.5e-3,
+    per_sequence=0.1e-3,
+    per_context=0.4e-6,
+    per_token=18.9e-6,
+    per_pair=57e-9,
+    max_batch=128,
+    kv_tokens=100_000,
+    kv_bytes=4096,
+    bandwidth=9.2e9,
+    handoff=10e-3,
+    ingress=8e-3,
+    egress=2e-3,
+)
+
+PRESETS = {"h200-8b": _H200_8B, "a800x8-llama2-70b": _A800_70B, "cpu-tiny": _CPU_TINY}
 
 
 def preset(name: str) -> Costs:
