@@ -108,8 +108,7 @@ _A800_70B = _roofline(
 _CPU_TINY = Costs(
     source=(
         "vLLM 0.32 on two CPU cores, a Llama of 4 layers and 256 dimensions: prefill fitted from "
-        "benchmarks/results/ttft-cpu.json (110, 440 and 1,500 tokens); decode steps of 3.5 ms, and what sequences "
-        "and context add to them, from bandwidth, not from a measurement"
+        "benchmarks/results/ttft-cpu.json (110, 440 and 1,500 tokens); decode's costs are assumed"
     ),
     base=3.5e-3,
     per_sequence=0.1e-3,
