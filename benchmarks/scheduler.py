@@ -2,12 +2,12 @@
 
     python benchmarks/scheduler.py --json FILE [--plots DIR] [--trace FILE] [--only PART ...]
 
-Four comparisons, after Mooncake's (FAST'25; arXiv 2407.00079v3), with engines of the preset
-a800x8-llama2-70b. Coupled rivals have chunked prefill and prefix cache and are routed by the same conductor
-(in its coupled mode); ``steps of 512`` are tuned for the TBT that is promised. ``whole prompts``, labelled
-so, are the papers' kind, routed by least load: decode stands still while a prompt is computed. ``admission``
-is this project's (per_request), for both sides; without it a pool that is overloaded serves nobody in time.
-All engines are models: benchmarks/scheduler_validation.py says how far such a model is off.
+First how far the simulator is off (`scheduler_validation.py`), then four comparisons, after Mooncake's
+(FAST'25; arXiv 2407.00079v3), with engines of the preset a800x8-llama2-70b. Coupled rivals have chunked
+prefill and prefix cache and are routed by the same conductor (in its coupled mode); ``steps of 512`` are
+tuned for the TBT that is promised. ``whole prompts``, labelled so, are the papers' kind, routed by least
+load: decode stands still while a prompt is computed. ``admission`` is this project's (per_request), for both
+sides; without it a pool that is overloaded serves nobody in time. All engines are models.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import msgspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import scheduler_validation
 from benchmarks.report import Row, add_arguments, row
 from benchmarks.saved import Saved
 from mooncake_connector.scheduler.base import Slo
@@ -36,7 +37,7 @@ from mooncake_connector.scheduler.simulator.world import World
 
 TRACE = Path(__file__).resolve().parent / "traces" / "conversation_30min.jsonl.gz"
 COSTS = preset("a800x8-llama2-70b")
-PARTS = ("coupled", "long", "admission", "routing")
+PARTS = ("validation", "coupled", "long", "admission", "routing")
 WHOLE: dict[str, Any] = {"whole": True}
 # Steps short enough for 0.1 s between tokens: what a good operator of coupled engines sets.
 SHORT: dict[str, Any] = {"costs": msgspec.structs.replace(COSTS, step_tokens=512)}
@@ -246,7 +247,8 @@ def main() -> int:
     facts = {"engines": msgspec.to_builtins(COSTS), "requests": len(lines), "arrivals": "spread over 3 s"}
     save = Saved(options.json, ("numpy", "msgspec"), facts=facts)
     few = 2 if options.quick else None
-    parts = {
+    parts: dict[str, Callable[[], Iterator[list[Row]]]] = {
+        "validation": lambda: iter([list(scheduler_validation.compare())]),
         "coupled": lambda: coupled(lines, SPEEDS[:few]),
         "long": lambda: long(LENGTHS[: few and 1], 40 if options.quick else 300),
         "admission": lambda: admission(lines, OVERLOADS[:few], save),
