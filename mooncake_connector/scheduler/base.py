@@ -86,7 +86,8 @@ class PrefillView(msgspec.Struct, frozen=True):
 
     Attributes:
         queue: predicted seconds until it could begin with this request.
-        cached: tokens of the prompt's prefix that it holds.
+        cached: tokens of the prompt's prefix that it will hold when it begins: those before it leave theirs.
+        held: of these, those that it holds now, and others can be given.
         requests: in flight there.
         tokens: prompt tokens in flight there.
         receives: whether a prefix can be copied to it.
@@ -96,6 +97,7 @@ class PrefillView(msgspec.Struct, frozen=True):
     group: str
     queue: float
     cached: int
+    held: int
     requests: int = 0
     tokens: int = 0
     receives: bool = True

@@ -23,6 +23,7 @@ from mooncake_connector.scheduler.fairness import Line, Usage, Waiter
 from mooncake_connector.scheduler.ledger import Account, Booking, Ledger
 from mooncake_connector.scheduler.routing import Route, Router
 from mooncake_connector.scheduler.scheduling import Scheduling
+from mooncake_connector.scheduler.underway import Underway
 
 # Those that wait are looked at when something ended, not more often than this, and now and then. Seconds.
 PAUSE, NAP = 0.25, 1.0
@@ -54,6 +55,7 @@ class Flight(msgspec.Struct):
         first: when its first token came; 0 before, and for an answer in one piece.
         since: when `areas` were noted: at its first token, or when its prompt was computed.
         areas: batch and context of decode, summed over time.
+        underway: its prompt is not computed yet.
     """
 
     arrival: Arrival
@@ -64,6 +66,7 @@ class Flight(msgspec.Struct):
     first: float = 0.0
     since: float = 0.0
     areas: tuple[float, float] = (0.0, 0.0)
+    underway: bool = True
 
 
 class Conductor:
@@ -87,6 +90,7 @@ class Conductor:
             estimators,
             seed,
         )
+        self._underway = Underway()
         self._usage = Usage()
         self._gate = Gate(settings, self._ledger, self._router, estimators, self._usage)
         self._line = Line()
@@ -102,6 +106,7 @@ class Conductor:
     def leave(self, name: str, now: float) -> None:
         """An engine went. Its requests stay open until `ended` is said of each."""
         self._ledger.leave(name, now)
+        self._underway.leave(name)
         self._look = now
 
     def arrive(self, arrival: Arrival, now: float) -> Verdict:
@@ -177,6 +182,7 @@ class Conductor:
             held = route.cached if cached is None else cached
             self._measure(route.computes, flight.arrival.tokens, held, computed, now)
         flight.prefilled = now
+        self._computed(flight)
         if not flight.first:
             self._note(flight, now)
         rejected = self._gate.rejudge(flight.arrival, route, now)
@@ -190,6 +196,7 @@ class Conductor:
         if flight is None or flight.first:
             return
         flight.first = now
+        self._computed(flight)
         self._ledger.progressed(id, 1, now)
         self._estimators.calibration.observe("ttft", flight.route.ttft, now - flight.began)
         self._gate.began(flight.arrival, flight.route.ttft, now - flight.began)
@@ -222,6 +229,7 @@ class Conductor:
         flight = self._flights.pop(id, None)
         if flight is None:
             return
+        self._computed(flight)
         if output_tokens:
             self._learn(flight, now, output_tokens, decoding)
         self._ledger.close(id, now)
@@ -234,6 +242,12 @@ class Conductor:
     def accounts(self, now: float) -> Sequence[Account]:
         """Load of every engine."""
         return list(self._ledger.accounts(now))
+
+    def _computed(self, flight: Flight) -> None:
+        """Its blocks are the index's to tell now, or nobody's."""
+        if flight.underway:
+            flight.underway = False
+            self._underway.end(flight.route.computes, flight.arrival.keys)
 
     def _note(self, flight: Flight, now: float) -> None:
         """How much its decode engine has done up to now."""
@@ -306,18 +320,20 @@ class Conductor:
         )
 
     def _prefills(self, arrival: Arrival, now: float) -> Sequence[PrefillView]:
-        size, held = self._index.block_size, self._index.match(arrival.keys)
+        size, keys = self._index.block_size, arrival.keys
+        matched = self._index.match(keys)
         # An engine computes one token at least: the answer is sampled from it.
         most = max(0, (arrival.tokens - 1) // size * size)
         views = []
         for name, instance in self._ledger.instances.items():
             queue = self._ledger.prompts(name)
-            cached = min(held.get(name, 0) * size, most)
+            held = matched.get(name, 0)
             view = PrefillView(
                 name,
                 instance.group,
                 queue.seconds(now),
-                cached,
+                min(self._underway.reach(name, keys, held) * size, most),
+                min(held * size, most),
                 len(queue),
                 queue.tokens,
                 instance.receives,
@@ -349,6 +365,7 @@ class Conductor:
         )
         self._usage.add(arrival, self._cost(arrival.tokens, route, answer), now)
         self._flights[arrival.id] = Flight(arrival, route, answer, now)
+        self._underway.begin(route.computes, arrival.keys)
         self._ledger.open(arrival.id, booking, now)
         return placement
 

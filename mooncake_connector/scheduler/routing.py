@@ -130,7 +130,7 @@ class Router:
             own = {writer.name for writer in fresh}
             starts = [self._start(view, arrival, None) for view in prefills if view.name in own]
             return self._alone(arrival, starts, decodes(0.0), reason, output)
-        best = max(paired, key=lambda view: view.cached)
+        best = max(paired, key=lambda view: view.held)
         start = self._first([self._start(view, arrival, best) for view in paired])
         group = start.view.group
         allowed = {writer.name for writer in fresh if writer.side == "decode" and writer.group == group}
@@ -164,14 +164,14 @@ class Router:
         own = Start(view, view.cached, 0.0, seconds(view.name, tokens, view.cached))
         if self._routing != "conductor" or best is None or best.group != view.group:
             return own
-        if not view.receives or best.cached <= view.cached * self._threshold:
+        if not view.receives or best.held <= view.cached * self._threshold:
             return own
-        missing = best.cached - view.cached
+        missing = best.held - view.cached
         copying = self._estimators.transfer.seconds(best.name, view.name, missing)
-        with_copy = seconds(view.name, tokens, best.cached)
+        with_copy = seconds(view.name, tokens, best.held)
         if copying + with_copy >= own.seconds:
             return own
-        return Start(view, best.cached, copying, with_copy, Copy(best.name, best.cached, missing))
+        return Start(view, best.held, copying, with_copy, Copy(best.name, best.held, missing))
 
     def _first(self, starts: list[Start]) -> Start:
         if self._routing == "random":

@@ -44,7 +44,7 @@ def router(
 
 
 def prefill(name: str, queue: float = 0.0, cached: int = 0, tokens: int = 0, group: str = "") -> PrefillView:
-    return PrefillView(name, group, queue, cached, 0, tokens)
+    return PrefillView(name, group, queue, cached, cached, 0, tokens)
 
 
 def decode(name: str, batch: int = 0, free: int = ROOM, requests: int = 0, group: str = "") -> DecodeView:
