@@ -36,7 +36,8 @@ class Holdings:
         if not self._identities:
             self._index.block_size = info.block_size
         self._identities[name] = info.identity
-        self._limits[name] = info.kv_tokens // self._index.block_size or UNKNOWN_BLOCKS
+        blocks = info.kv_tokens // self._index.block_size or UNKNOWN_BLOCKS
+        self._limits[name] = blocks if info.prefix_caching else 0
         if info.kv_events and info.kv_events == self._sources.get(name):
             return  # who listens there sees the new start by itself
         if listening := self._listening.pop(name, None):

@@ -258,6 +258,11 @@ class Proxy:
             "prefill": [instance.report() for instance in self.pool.prefill],
             "decode": [instance.report() for instance in self.pool.decode],
             "mismatches": self.pool.mismatches(),
+            "scheduling": {
+                "routing": self.settings.scheduling.routing,
+                "admission": self.settings.scheduling.admission,
+                "waiting": self.conductor.waiting(),
+            },
         }
         body = msgspec.json.encode(report)
         return web.Response(status=200 if healthy else 503, body=body, content_type="application/json")

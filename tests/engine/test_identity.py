@@ -182,7 +182,8 @@ async def test_small_chunks_preemption_and_no_prefix_cache(clusters: Clusters, h
     """Prefill in small chunks, pools so small that decode preempts, no prefix cache; each path forced."""
     pool = ("--num-gpu-blocks-override", "130", "--max-model-len", "2048")
     small = ("--no-enable-prefix-caching", "--max-num-batched-tokens", "256", *pool)
-    shape = Shape(args=small, extra=(("path", path),))
+    # Admission would spare decode what is tried here.
+    shape = Shape(args=small, extra=(("path", path),), proxy_args=("--admission", "none"))
     cluster = clusters(shape)
     rng = random.Random(f"small {path}")
     prompts = [random_prompt(rng, rng.randint(1, 1500)) for _ in range(24)]

@@ -49,6 +49,14 @@ async def test_salted_prompts_share_nothing(start: Start):
     assert setting.count("cached_tokens_total") == LONG - 32
 
 
+async def test_an_engine_without_a_prefix_cache_holds_nothing(start: Start):
+    engines = [FakeEngine(role, prefix_caching=False) for role in ("kv_producer", "kv_consumer")]
+    setting = await start(engines[:1], engines[1:])
+    for _ in range(2):
+        await ask(setting, prompt(1))
+    assert setting.count("cached_tokens_total") == len(setting.proxy.index) == 0
+
+
 @pytest.mark.parametrize("routing", ["least_loaded", "round_robin"])
 async def test_modes_that_look_at_no_prefix_take_turns(start: Start, routing: Any):
     setting = await start(2, 1, scheduling=Scheduling(routing=routing))

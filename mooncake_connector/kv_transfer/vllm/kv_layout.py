@@ -41,6 +41,13 @@ def groups_of(kv_cache_config: Any) -> tuple[Group, ...]:
     return tuple(groups)
 
 
+def capacity_of(kv_cache_config: Any) -> int:
+    """Tokens of KV that an engine holds: all its groups take their blocks from one store."""
+    groups = kv_cache_config.kv_cache_groups
+    per_block = min(int(group.kv_cache_spec.block_size) for group in groups)
+    return int(kv_cache_config.num_blocks // len(groups) * per_block)
+
+
 def layout_of(
     kv_caches: Mapping[str, torch.Tensor],
     kv_cache_config: Any,

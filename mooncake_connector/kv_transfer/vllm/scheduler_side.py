@@ -28,7 +28,7 @@ from mooncake_connector.kv_transfer.side_channel import Client, address_of, spli
 from mooncake_connector.kv_transfer.vllm.compat import preempted_ids, transfer_group_ids
 from mooncake_connector.kv_transfer.vllm.event_source import event_source
 from mooncake_connector.kv_transfer.vllm.first_token import Forced
-from mooncake_connector.kv_transfer.vllm.kv_layout import groups_of
+from mooncake_connector.kv_transfer.vllm.kv_layout import capacity_of, groups_of
 from mooncake_connector.kv_transfer.vllm.loads import Loads
 from mooncake_connector.kv_transfer.vllm.metadata import StepMetadata, WorkerHandshake
 from mooncake_connector.kv_transfer.vllm.requests import (
@@ -65,8 +65,7 @@ class SchedulerSide:
         self._caching = bool(vllm_config.cache_config.enable_prefix_caching)
         self._group_ids = transfer_group_ids(kv_cache_config)
         self._groups: tuple[Group, ...] = groups_of(kv_cache_config)
-        per_block = min(group.block_size for group in self._groups)
-        self._kv_tokens = kv_cache_config.num_blocks // len(kv_cache_config.kv_cache_groups) * per_block
+        self._kv_tokens = capacity_of(kv_cache_config)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._workers: list[tuple[Client, bytes]] = []
         self._poller = zmq.Poller()
@@ -382,6 +381,7 @@ class SchedulerSide:
             "block_size": first.layout.groups[0].block_size,
             "max_model_len": self._max_model_len,
             "kv_tokens": self._kv_tokens,
+            "prefix_caching": self._caching,
             "layout": fingerprint([h.info for h in self._handshakes]),
             "model": first.model,
             "model_hash": first.model_hash,

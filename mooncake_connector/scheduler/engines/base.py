@@ -56,6 +56,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
         protocol: of the connector's messages.
         first_token: whether it can go on from a token that another engine sampled.
         kv_tokens: tokens of KV that it can hold; 0 if it does not say.
+        prefix_caching: whether it keeps prompts' KV for others.
         adapters: names by which requests ask for a LoRA adapter.
         kv_events: where it publishes what its KV cache holds; None if nowhere.
     """
@@ -77,6 +78,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     model_hash: str = ""
     first_token: bool = False
     kv_tokens: int = 0
+    prefix_caching: bool = True
     adapters: tuple[str, ...] = ()
     kv_events: KvEventSource | None = None
 
