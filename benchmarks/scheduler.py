@@ -51,9 +51,8 @@ SYSTEMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "20 coupled, steps of 512": ("20C", "conductor", SHORT),
     "20 coupled, steps of 512, admission": ("20C", "conductor", SHORT | OURS),
     "20 coupled, whole prompts": ("20C", "least_loaded", WHOLE),
-    "20 coupled, whole prompts, admission": ("20C", "least_loaded", WHOLE | OURS),
 }
-SPEEDS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
+SPEEDS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)
 LENGTHS = (16384, 32768, 65536, 131072)
 LONG_SYSTEMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "3P1D": ("3P1D", "conductor", {}),
@@ -134,7 +133,9 @@ def coupled(lines: Sequence[Line], speeds: Sequence[float]) -> Iterator[list[Row
             for name, value in most.items()
             if value
         ]
-        yield list(gains("coupled", {"slo": metric.removeprefix("capacity") or "mean"}, most))
+        yield list(
+            gains("coupled", {"slo": metric.removeprefix("capacity_") if "_" in metric else "mean"}, most)
+        )
 
 
 def gains(part: str, case: dict[str, object], most: dict[str, float]) -> Iterator[Row]:
