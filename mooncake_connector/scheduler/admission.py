@@ -245,9 +245,11 @@ class Gate:
         reserved = self._share(arrival)
         own = route.ttft - route.queue
         share = reserved * self._modest(self._prompts.rank(route.seconds))
-        room = share * (limit / self._ttft.factor - own)
+        margin = self._ttft.factor
+        room = share * (limit / margin - own)
         if route.queue > room:
-            load = Load("ttft", route.ttft, min(limit, own + max(0.0, room)))
+            # Both in the terms of the promise: what it may come to, not what is expected.
+            load = Load("ttft", margin * route.ttft, min(limit, margin * (own + max(0.0, room))))
             return Refusal(load.rejected(route.queue - room))
         share = reserved * self._modest(self._answers.rank(_area(arrival, answer)))
         worst, tbt = self._whole(arrival, route, answer, share, now, aged)

@@ -283,6 +283,22 @@ def full(world: World) -> None:
     world.decoding("full", tokens=9000, max_tokens=500)
 
 
+def test_a_rejection_says_what_it_may_come_to_and_that_is_too_much() -> None:
+    world, slo = World(), Slo(ttft=1.5, tbt=10.0)
+    for number in range(20):
+        # Engines alone let everybody in; each is four times as late as predicted.
+        now = 10.0 * number
+        world.arrive(f"{number}", now, slo=slo)
+        world.conductor.prefilled(f"{number}", now + 4, queued=3.0, computed=1.0)
+        world.conductor.first_token(f"{number}", now + 4)
+        world.conductor.ended(f"{number}", now + 5, 10)
+    world.decoding("other", 200.0, tokens=10, slo=slo)
+    verdict = world.arrive("late", 201.0, slo=slo)
+    assert isinstance(verdict, Rejected)
+    assert (verdict.target, verdict.limit) == ("ttft", 1.5)
+    assert verdict.predicted > 3
+
+
 def test_who_can_be_let_in_in_time_waits_and_is_let_in_when_there_is_room() -> None:
     world = World(longest=True)
     full(world)
