@@ -69,6 +69,16 @@ class Copies:
             task.add_done_callback(lambda _: self._running.pop(key))
         await asyncio.wait({task}, timeout=within)
 
+    async def join(self, target: Instance, asked: Asked, within: float) -> None:
+        """Wait for copies to `target` that this prompt begins with: computing it now would make them vain."""
+        tasks = {
+            task
+            for (_, url, prefix), task in self._running.items()
+            if url == target.url and asked.ids.tobytes().startswith(prefix[: -asked.ids.itemsize])
+        }
+        if tasks:
+            await asyncio.wait(tasks, timeout=within)
+
     async def close(self) -> None:
         """Cancel what is under way."""
         running = list(self._running.values())

@@ -247,6 +247,8 @@ class Dispatcher:
         try:
             if copy := journey.placement.copy:
                 await self._copies.bring(self._pool[copy.source], source, asked, copy, journey.patience)
+            else:
+                await self._copies.join(source, asked, journey.patience)
             started = time.perf_counter()
             timeline.mark("prefill_sent")
             async with self._session.post(url, data=body, headers=asked.headers) as reply:

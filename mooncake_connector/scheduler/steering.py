@@ -170,10 +170,10 @@ class Steering:
     def _patience(self, arrival: Arrival, placement: Placement) -> float:
         """Seconds that a copy saves: to wait longer for it would be worse than to compute."""
         copy, target = placement.copy, placement.prefill
-        if copy is None or target is None:
+        if target is None:
             return 0.0
         seconds = self._estimators.prefill.seconds
-        without = seconds(target, arrival.tokens, placement.cached - copy.missing)
+        without = seconds(target, arrival.tokens, placement.cached - copy.missing if copy else 0)
         return max(LEAST_PATIENCE, without - seconds(target, arrival.tokens, placement.cached))
 
     def _nobody(self) -> str:

@@ -77,7 +77,7 @@ def proxy(pair: Pair) -> Iterator[str]:
     stop_all([process])
 
 
-async def home(http: Http, url: str, prompt: list[int], n: int = 4) -> str:
+async def home(http: Http, url: str, prompt: list[int] | str, n: int = 4) -> str:
     """The prefill engine that a proxy chooses."""
     body = {"model": "m", "prompt": prompt, "max_tokens": n, "temperature": 0}
     async with http.post(f"{url}/v1/completions", json=body) as reply:
@@ -114,7 +114,28 @@ async def test_a_prompt_goes_where_its_prefix_is(pair: Pair, proxy: str, http: H
     assert await metric(http, proxy, "mooncake_proxy_cached_tokens_total") >= 4 * 20 * BLOCK
 
 
-async def test_a_hot_prefix_is_copied(pair: Pair, proxy: str, http: Http) -> None:
+async def test_text_is_known_by_its_tokens(pair: Pair, proxy: str, http: Http) -> None:
+    text = " ".join(random.Random("text").choices(["one", "two", "three", "four", "five"], k=400))
+
+    async def known() -> bool:
+        before = await metric(http, proxy, "mooncake_proxy_cached_tokens_total")
+        await home(http, proxy, text)
+        return await metric(http, proxy, "mooncake_proxy_cached_tokens_total") - before >= 5 * BLOCK
+
+    # The proxy may still be reading the engines' tokenizer.
+    await eventually(known, 60, "the prompt's prefix is not recognised", every=0.5)
+
+
+async def test_a_hot_prefix_is_copied(pair: Pair, http: Http) -> None:
+    # A proxy that has not learned yet how little this model's prompts cost: a copy is cheaper than computing.
+    process = pair.proxy("--routing", "conductor")
+    try:
+        await _copied(http, pair, process.url)
+    finally:
+        stop_all([process])
+
+
+async def _copied(http: Http, pair: Pair, proxy: str) -> None:
     rng = random.Random("hot")
     prefix = random_prompt(rng, 60 * BLOCK)
     holder = await home(http, proxy, prefix)

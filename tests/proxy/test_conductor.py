@@ -245,6 +245,22 @@ async def test_a_hot_prefix_is_copied_to_an_idle_engine(start: Start):
     await busy
 
 
+async def test_who_comes_while_a_prefix_is_copied_waits_for_it(start: Start):
+    setting, _, other, busy = await hot(start, "kv_both")
+    other.delay = 0.2
+    bodies = [prompt(1) | {"prompt": [1, *range(1, LONG), *([at] * 40)]} for at in range(2)]
+    assert [status for status, *_ in await asyncio.gather(*(ask(setting, body) for body in bodies))] == [
+        200,
+        200,
+    ]
+    received, *computed = other.calls
+    assert received.params["do_remote_prefill"] is True
+    assert all(call.started >= received.ended for call in computed)
+    assert len(computed) == 2
+    assert setting.count("copies_total", outcome="copied") == 1
+    await busy
+
+
 async def test_a_copy_that_fails_is_computed(start: Start):
     setting, holder, other, busy = await hot(start, "kv_both")
     other.failures = [500]
