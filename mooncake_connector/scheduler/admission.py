@@ -95,8 +95,8 @@ class Margin:
         self.factor = 1.0
 
     def add(self, predicted: float, observed: float, limit: float) -> None:
-        """Only those are counted that were predicted to take more than half of what is promised."""
-        if predicted <= limit / 2:
+        """Only those are counted that, by what is known, might take more than half of what is promised."""
+        if predicted * self.factor <= limit / 2:
             return
         self._calibration.observe(self._quantity, predicted, observed)
         self._count += 1

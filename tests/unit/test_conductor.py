@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mooncake_connector.scheduler.admission import Margin
 from mooncake_connector.scheduler.base import (
     Arrival,
     Copy,
@@ -22,6 +23,7 @@ from mooncake_connector.scheduler.base import (
 )
 from mooncake_connector.scheduler.conductor import Conductor
 from mooncake_connector.scheduler.estimators import (
+    Calibration,
     Estimators,
     Lengths,
     OutputLengths,
@@ -297,6 +299,20 @@ def test_a_rejection_says_what_it_may_come_to_and_that_is_too_much() -> None:
     assert isinstance(verdict, Rejected)
     assert (verdict.target, verdict.limit) == ("ttft", 1.5)
     assert verdict.predicted > 3
+
+
+def test_a_margin_is_learned_anew_from_those_whom_it_lets_in() -> None:
+    margin = Margin(Calibration(), "close")
+    for _ in range(20):
+        margin.add(0.6, 1.8, 1.0)
+    assert margin.factor == pytest.approx(3, rel=0.05)
+    # With it, nobody of whom more than a third of the limit is predicted is let in any more.
+    for _ in range(40):
+        margin.add(0.3, 1.8, 1.0)
+    assert margin.factor == pytest.approx(6, rel=0.05)
+    for _ in range(4000):
+        margin.add(0.3, 0.3, 1.0)
+    assert margin.factor < 2
 
 
 def test_who_can_be_let_in_in_time_waits_and_is_let_in_when_there_is_room() -> None:
