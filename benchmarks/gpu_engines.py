@@ -217,10 +217,10 @@ class Lab:
     def proxy(
         self, prefill: Sequence[LocalEngine], decode: Sequence[LocalEngine], name: str, *args: str
     ) -> LocalProxy:
-        """This project's proxy before these engines."""
+        """This project's proxy before these engines; it lets everybody in, as peers' do."""
         urls = [e.url for e in prefill], [e.url for e in decode]
         env = {"PYTHONPATH": python_path()}
-        return LocalProxy(*urls, args=args, name=name, logs=self.logs, env=env)
+        return LocalProxy(*urls, args=["--admission", "none", *args], name=name, logs=self.logs, env=env)
 
     def nixl_proxy(self, prefill: LocalEngine, decode: LocalEngine) -> PeerProxy:
         """A minimal serial proxy as users of NixlConnector have it."""

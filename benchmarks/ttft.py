@@ -53,6 +53,8 @@ SUBJECTS = ("mooncake_push", "nixl", "mooncake")
 SINGLE = "single"
 PEERS = ("nixl", "mooncake")
 SETTLE = 0.3  # seconds from a change of turns to the first request
+# It lets everybody in, as peers' do.
+OPEN = ("--admission", "none")
 
 
 class Lab:
@@ -78,7 +80,7 @@ class Lab:
         common = {"args": server_args("tiny-llama"), "logs": self.logs, "preload": self.preload}
         p = LocalEngine(self.model, role="producer", name="push-prefill", **common)
         d = LocalEngine(self.model, role="consumer", name="push-decode", **common)
-        return [p, d, LocalProxy([p.url], [d.url], name="push-proxy", logs=self.logs)]
+        return [p, d, LocalProxy([p.url], [d.url], args=OPEN, name="push-proxy", logs=self.logs)]
 
     def nixl(self) -> list[LocalProcess]:
         config = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}

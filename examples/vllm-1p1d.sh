@@ -22,7 +22,7 @@ kv() { # ROLE
 }
 
 trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
-vllm serve "$MODEL" "${COMMON[@]}" --port 8100 --kv-transfer-config "$(kv kv_producer)" &
+vllm serve "$MODEL" "${COMMON[@]}" --port 8100 --kv-transfer-config "$(kv kv_both)" &
 vllm serve "$MODEL" "${COMMON[@]}" --port 8200 --kv-transfer-config "$(kv kv_consumer)" &
 # With --first-token prefill streams begin as soon as prefill has a token.
 mooncake-connector proxy --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200 --port 8000 &

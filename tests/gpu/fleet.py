@@ -204,6 +204,7 @@ class Fleet:
             made = LocalProxy(
                 [self[prefill].url],
                 [self[decode].url],
+                args=("--admission", "none"),
                 name=f"proxy-{prefill}-{decode}".replace(" ", "-"),
                 logs=self._logs,
             )
