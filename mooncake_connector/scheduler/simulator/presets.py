@@ -107,21 +107,23 @@ _A800_70B = _roofline(
 
 _CPU_TINY = Costs(
     source=(
-        "vLLM 0.32 on two CPU cores, a Llama of 4 layers and 256 dimensions: prefill fitted from "
-        "benchmarks/results/ttft-cpu.json (110, 440 and 1,500 tokens); decode's costs are assumed"
+        "vLLM 0.32, two engines on two CPU cores, a Llama of 4 layers and 256 dimensions, float32: fitted by "
+        "benchmarks/cpu_replay.py --fit benchmarks/results/replay-cpu.json, each while the other is at work"
     ),
-    base=3.5e-3,
-    per_sequence=0.1e-3,
-    per_context=0.4e-6,
-    per_token=18.9e-6,
-    per_pair=57e-9,
+    base=4.91e-3,
+    per_sequence=0.11e-3,
+    per_context=0.397e-6,
+    per_token=96.1e-6,
+    per_pair=24e-9,
+    step_tokens=2048,
     max_batch=128,
-    kv_tokens=100_000,
+    kv_tokens=262_144,
     kv_bytes=4096,
-    bandwidth=9.2e9,
-    handoff=10e-3,
-    ingress=8e-3,
-    egress=2e-3,
+    bandwidth=1e9,
+    handoff=12.7e-3,
+    ingress=5.05e-3,
+    ingress_per_token=2.27e-6,
+    egress_per_token=1.91e-6,
 )
 
 PRESETS = {"h200-8b": _H200_8B, "a800x8-llama2-70b": _A800_70B, "cpu-tiny": _CPU_TINY}
