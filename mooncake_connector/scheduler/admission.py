@@ -94,11 +94,15 @@ class Margin:
         self._count = 0
         self.factor = 1.0
 
-    def add(self, predicted: float, observed: float, limit: float) -> None:
-        """Only those are counted that, by what is known, might take more than half of what is promised."""
+    def add(self, predicted: float, observed: float, limit: float, allowed: float = 0.0) -> None:
+        """Only those are counted that, by what is known, might take more than half of what is promised.
+
+        Args:
+            allowed: what it might have come to without any error.
+        """
         if predicted * self.factor <= limit / 2:
             return
-        self._calibration.observe(self._quantity, predicted, observed)
+        self._calibration.observe(self._quantity, max(predicted, allowed), observed)
         self._count += 1
         if self._count % ENOUGH == 0:
             self.factor = max(1.0, self._calibration.ratio(self._quantity, 0.9))
@@ -131,7 +135,9 @@ class Gate:
 
     def lasted(self, arrival: Arrival, predicted: float, observed: float, seconds: float) -> None:
         """An answer ended: TBT as predicted and as it was, and seconds from its first token to its last."""
-        self._tbt.add(predicted, observed, arrival.slo.tbt)
+        limit = arrival.slo.tbt
+        # Those let in after it may slow it down as far as the gate allows: only what is beyond that is error.
+        self._tbt.add(predicted, observed, limit, limit / self._tbt.factor)
         self._lasted = min(self._lasted + 1, MEMORY)
         self._lasting += (seconds - self._lasting) / self._lasted
 

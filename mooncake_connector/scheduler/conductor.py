@@ -26,6 +26,7 @@ from mooncake_connector.scheduler.scheduling import Scheduling
 from mooncake_connector.scheduler.underway import Underway
 
 # Those that wait are looked at when something ended, not more often than this, and now and then. Seconds.
+# As long as nobody's wait ends, looks become rarer, up to once in a `NAP`.
 PAUSE, NAP = 0.25, 1.0
 # So many of them at a time that go on waiting.
 LOOKS = 2
@@ -95,7 +96,7 @@ class Conductor:
         self._gate = Gate(settings, self._ledger, self._router, estimators, self._usage)
         self._line = Line()
         self._look = 0.0
-        self._looked = float("-inf")
+        self._looked, self._pause = float("-inf"), PAUSE
         self._flights: dict[str, Flight] = {}
 
     def join(self, instance: Instance, now: float) -> None:
@@ -134,11 +135,17 @@ class Conductor:
     def due(self) -> float | None:
         """When `wake` has something to do: ask anew after every other call. None: nobody waits."""
         deadline = self._line.deadline()
-        return None if deadline is None else min(deadline, max(self._look, self._looked + PAUSE))
+        return None if deadline is None else min(deadline, max(self._look, self._looked + self._pause))
 
     def wake(self, now: float) -> list[tuple[str, Verdict]]:
-        """Decide about those that wait: by request, what became of it. The others go on waiting."""
+        """Decide about those that wait: by request, what became of it. The others go on waiting.
+
+        Before it is `due` there is nothing to do.
+        """
         found: list[tuple[str, Verdict]] = []
+        due = self.due()
+        if due is None or now < due:
+            return found
         before: list[Waiter] = []
         for waiter in self._line:
             # A look costs time, and those far behind have no chance: they are looked at when they must be.
@@ -150,6 +157,7 @@ class Conductor:
                 continue
             self._line.take(waiter.arrival.id, served=isinstance(verdict, Placement))
             found.append((waiter.arrival.id, verdict))
+        self._pause = PAUSE if found else min(2 * self._pause, NAP)
         self._looked, self._look = now, now + NAP
         return found
 

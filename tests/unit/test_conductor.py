@@ -352,6 +352,42 @@ def test_who_waits_is_answered_by_the_promised_moment() -> None:
     assert world.conductor.waiting() == 0
 
 
+def test_looks_at_those_that_wait_are_rare() -> None:
+    # Whatever ends elsewhere, and however often the caller wakes it: a look costs more than that.
+    world = World(longest=True)
+    full(world)
+    verdict = world.arrive("a", tokens=1500, slo=Slo(ttft=20.0))
+    assert isinstance(verdict, Waiting)
+    looks, match = 0, world.index.match
+
+    def counted(keys: Sequence[int]) -> Mapping[str, int]:
+        nonlocal looks
+        looks += 1
+        return match(keys)
+
+    world.index.match = counted  # type: ignore[method-assign]
+    for moment in np.arange(0.0, verdict.until, 0.01).tolist():
+        world.decoding(f"short{moment}", moment, tokens=1, priority=1, max_tokens=1)
+        world.conductor.ended(f"short{moment}", moment, 1)
+        looks -= 1
+        # The answer before it goes on and on.
+        world.conductor.progressed("full", int(moment) + 1, moment)
+        assert world.conductor.wake(moment) == []
+    assert 0 < looks <= verdict.until + 3
+    assert [id for id, _ in world.conductor.wake(verdict.until)] == ["a"]
+
+
+def test_time_per_token_that_the_gate_allows_is_no_error() -> None:
+    margin = Margin(Calibration(), "close")
+    for _ in range(20):
+        # Others came later, and the promise is kept.
+        margin.add(0.6, 0.95, 1.0, 1.0 / margin.factor)
+    assert margin.factor == 1.0
+    for _ in range(20):
+        margin.add(0.6, 1.3, 1.0, 1.0 / margin.factor)
+    assert margin.factor == pytest.approx(1.3, rel=0.05)
+
+
 def test_who_waits_may_go() -> None:
     world = World(longest=True)
     full(world)

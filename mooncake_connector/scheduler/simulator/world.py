@@ -170,6 +170,9 @@ class World:
         self._decide(task, self.conductor.arrive(arrival, now), now)
 
     def _wake(self, now: float, _: int) -> None:
+        if now != self._woken:
+            # An earlier one was asked for since.
+            return
         self._woken = None
         for name, verdict in self.conductor.wake(now):
             self._decide(self.tasks[int(name)], verdict, now)
