@@ -11,7 +11,7 @@ import numpy as np
 from mooncake_connector.scheduler.base import Arrival, Rejected
 from mooncake_connector.scheduler.decode_table import Answer, Floats
 from mooncake_connector.scheduler.estimators import Calibration, Estimators
-from mooncake_connector.scheduler.fairness import Ranks, Usage
+from mooncake_connector.scheduler.fairness import Demand, Ranks, Usage
 from mooncake_connector.scheduler.ledger import Ledger
 from mooncake_connector.scheduler.routing import Route, Router
 from mooncake_connector.scheduler.scheduling import Scheduling
@@ -28,8 +28,8 @@ LATER = np.array([0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0])
 OTHERS = 1
 # After so many more observations a margin is set anew.
 ENOUGH = 20
-# Who takes more than so many others only makes way when it is tight: the power of the rank.
-STEEP = 2
+# Who takes more of decode than so many others only makes way when it is tight: the power of the rank.
+STEEP = 4
 # Whoever is rejected is told to come back no sooner, seconds.
 SOONEST = 1.0
 
@@ -129,7 +129,7 @@ class Gate:
         self._step = estimators.step
         self._usage = usage
         self._lasting, self._lasted = LASTING, 0
-        self._prompts, self._answers = Ranks(), Ranks()
+        self._prompts, self._answers = Demand(), Ranks()
         self._ttft = Margin(estimators.calibration, "ttft_close")
         self._tbt = Margin(estimators.calibration, "tbt_close")
 
@@ -145,9 +145,12 @@ class Gate:
         """TTFT of an answer, as was predicted and as it was."""
         self._ttft.add(predicted, observed, arrival.slo.ttft_of(arrival.tokens))
 
-    def came(self, arrival: Arrival, route: Route, answer: Answer) -> None:
+    def came(self, arrival: Arrival, route: Route, answer: Answer, now: float) -> None:
         """A request came; whether it is let in is another question."""
-        self._prompts.add(route.seconds)
+        instances = self._ledger.instances
+        side = instances[route.computes].side
+        engines = sum(other.side == side for other in instances.values())
+        self._prompts.add(route.seconds, engines, now)
         self._answers.add(_area(arrival, answer))
 
     def judge(
@@ -250,14 +253,14 @@ class Gate:
     ) -> Route | Refusal:
         reserved = self._share(arrival)
         own = route.ttft - route.queue
-        share = reserved * self._modest(self._prompts.rank(route.seconds))
+        share = reserved * self._modest(route.seconds >= self._prompts.bound)
         margin = self._ttft.factor
         room = share * (limit / margin - own)
         if route.queue > room:
             # Both in the terms of the promise: what it may come to, not what is expected.
             load = Load("ttft", margin * route.ttft, min(limit, margin * (own + max(0.0, room))))
             return Refusal(load.rejected(route.queue - room))
-        share = reserved * self._modest(self._answers.rank(_area(arrival, answer)))
+        share = reserved * self._modest(self._answers.rank(_area(arrival, answer)) ** STEEP)
         worst, tbt = self._whole(arrival, route, answer, share, now, aged)
         if worst.share <= 1:
             return msgspec.structs.replace(route, tbt=tbt)
@@ -269,9 +272,9 @@ class Gate:
         wait = self._wait(arrival, route, answer, share, now, ahead)
         return Refusal(worst.rejected(wait), wait)
 
-    def _modest(self, rank: float) -> float:
+    def _modest(self, dear: float) -> float:
         """The part of what is left that a request may use: who takes much makes room for many."""
-        return 1.0 - self._settings.favour_cheap * rank**STEEP
+        return 1.0 - self._settings.favour_cheap * dear
 
     def _others(self, arrival: Arrival, route: Route, now: float) -> list[Route]:
         instances = self._ledger.instances

@@ -122,7 +122,7 @@ class Conductor:
             return Unserved()
         before = [waiter for waiter in self._line if waiter.arrival.priority >= arrival.priority]
         judged = self._judge(arrival, route, answer, now, 0.0, before)
-        self._gate.came(arrival, route, answer)
+        self._gate.came(arrival, route, answer, now)
         if isinstance(judged, Route):
             return self._place(arrival, judged, answer, now, now)
         patience = arrival.slo.ttft_of(arrival.tokens) - route.ttft

@@ -19,6 +19,8 @@ TOLERANCE = 1.1
 NOTHING = 0.001
 # So many requests say what is much, and so many are remembered.
 FEW, MANY = 32, 512
+# What came counts for 1/e after so many seconds.
+LATELY = 30.0
 K = TypeVar("K")
 
 
@@ -61,6 +63,32 @@ def _faded(table: dict[K, float], scale: float) -> dict[K, float]:
     return {name: used * scale for name, used in table.items() if used >= least}
 
 
+class Demand:
+    """What those that came lately take, against what engines can give.
+
+    Attributes:
+        bound: without the requests that take at least this, engines could serve the others; infinite if they
+            can serve all.
+    """
+
+    def __init__(self) -> None:
+        self._costs = Ranks()
+        self._seconds = 0.0
+        self._began: float | None = None
+        self._moment = 0.0
+        self.bound = math.inf
+
+    def add(self, cost: float, engines: int, now: float) -> None:
+        """One came that takes `cost` seconds of one of so many engines, let in or not."""
+        if self._began is None:
+            self._began = self._moment = now
+        self._seconds = self._seconds * math.exp((self._moment - now) / LATELY) + cost
+        self._moment = now
+        self._costs.add(cost)
+        given = engines * (LATELY * -math.expm1((self._began - now) / LATELY) + 1.0)
+        self.bound = self._costs.dearest(1.0 - given / self._seconds) if self._seconds > given else math.inf
+
+
 class Ranks:
     """How much a request takes, among those that came lately."""
 
@@ -73,6 +101,17 @@ class Ranks:
         if len(self._sorted) < FEW:
             return 0.0
         return bisect_left(self._sorted, cost) / len(self._sorted)
+
+    def dearest(self, share: float) -> float:
+        """The least cost of the dearest requests that take this share of all together, 0 to 1."""
+        if len(self._sorted) < FEW:
+            return math.inf
+        left = share * sum(self._sorted)
+        for cost in reversed(self._sorted):
+            left -= cost
+            if left <= 0:
+                return cost
+        return 0.0
 
     def add(self, cost: float) -> None:
         """One came that takes `cost`, let in or not."""

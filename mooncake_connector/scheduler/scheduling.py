@@ -39,7 +39,8 @@ class Scheduling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         caution: standard deviations by which more KV is expected to be taken than on average; ``per_request``
             only.
         favour_cheap: share of what is left of TTFT, TBT and KV that the dearest requests leave to the others,
-            0 to 1: with more, fewer are rejected, and those are the long ones; ``per_request`` only.
+            0 to 1: with more, fewer are rejected, and those are the long ones; of TTFT only while more comes
+            than prefill can compute; ``per_request`` only.
         slo: promised to those that no rule names.
         slos: the first that fits counts.
     """
@@ -52,7 +53,7 @@ class Scheduling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     emergency_kv: float = 2.0
     reserve: float = 0.1
     caution: float = 1.0
-    favour_cheap: float = 0.5
+    favour_cheap: float = 0.7
     slo: Slo = Slo()
     slos: tuple[SloRule, ...] = ()
 

@@ -1,5 +1,6 @@
 """The conductor: from arrival to end, with nothing left over; who is let in, who waits, who is told to go."""
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ from mooncake_connector.scheduler.estimators import (
     StepEstimator,
 )
 from mooncake_connector.scheduler.estimators.output_length import BINS
+from mooncake_connector.scheduler.fairness import Demand
 from mooncake_connector.scheduler.prefix_index import PrefixIndex
 from mooncake_connector.scheduler.scheduling import Admission, Scheduling, SloRule
 
@@ -440,6 +442,21 @@ def test_the_dear_make_room_when_it_is_tight() -> None:
     (cheap, dear), (more_cheap, less_dear) = served(0.0), served(0.5)
     assert cheap + dear < more_cheap + less_dear
     assert 0 < less_dear < dear
+
+
+def test_the_dear_are_those_without_whom_engines_could_serve_the_others() -> None:
+    def bound(rate: float, engines: int = 1) -> float:
+        demand = Demand()
+        for number in range(2000):
+            demand.add(0.1 + number % 10 / 10, engines, number / rate)
+        return demand.bound
+
+    # Each takes 0.55 s on average.
+    assert bound(1.5) == math.inf
+    assert bound(2.2) == 1.0
+    assert bound(2.2, engines=2) == math.inf
+    assert bound(4.0) == pytest.approx(0.8, abs=0.11)
+    assert bound(100.0) <= 0.2
 
 
 def test_slos_are_found_by_model_and_class() -> None:
