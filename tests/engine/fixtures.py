@@ -58,10 +58,10 @@ def clusters(tmp_path_factory: pytest.TempPathFactory, preload: PreloadedVllm | 
 
 @pytest.fixture
 async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    """A client without a limit on connections, and with none kept from test to test."""
+    """A client without a limit on connections, and with none kept."""
     timeout = aiohttp.ClientTimeout(total=120)
-    # vLLM closes connections that were idle for 5 s: one must not be taken up again in that moment.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+    # No connection is used twice: engines close idle ones, and those of engines that were stopped are dead.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         yield session
 
