@@ -9,9 +9,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import mooncake_connector.kv_transfer.topology.watcher as watcher_module
 from mooncake_connector.kv_transfer.topology import Change, Topology, Watcher, discover
 from tests.unit.sysfs_trees import Tree, ipv4_gid, two_sockets
 
@@ -30,6 +32,30 @@ def watching(root: Path, listener: Callable[[tuple[Change, ...], Topology], None
 
 def port_file(root: Path, nic: str, name: str) -> Path:
     return root / "class/infiniband" / nic / "ports/1" / name
+
+
+def test_a_change_between_two_readings_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_sockets(tmp_path)
+    seen: Seen = queue.Queue()
+    state = port_file(tmp_path, "mlx5_0", "state")
+
+    read = watcher_module.discover_nics
+
+    def interrupted(*args: Any) -> Any:
+        monkeypatch.undo()
+        state.write_text("1: DOWN\n")
+        found = read(*args)
+        state.write_text("4: ACTIVE\n")
+        return found
+
+    topology = discover(tmp_path)
+    monkeypatch.setattr(watcher_module, "discover_nics", interrupted)
+    watcher = Watcher(topology, lambda *told: seen.put(told), sysfs=tmp_path, poll_s=0.02)
+    try:
+        kinds = [seen.get(timeout=5)[0][0].kind for _ in range(2)]
+    finally:
+        watcher.close()
+    assert kinds == ["down", "up"]
 
 
 def test_each_kind_of_change(tmp_path: Path) -> None:

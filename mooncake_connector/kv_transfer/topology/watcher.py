@@ -105,10 +105,12 @@ class Watcher:
             seen = glance(self._sysfs)
             if extent == "glance" and seen == self._seen:
                 return
-            self._seen = seen
+            self._seen = ()
             known = self._topology.nics if extent == "states" else ()
             nics = discover_nics(self._sysfs, known)
             if not (changes := differences(self._topology.nics, nics)):
+                # What changed between the two readings must not count as seen: the next look is a whole one.
+                self._seen = seen if glance(self._sysfs) == seen else ()
                 return
             self._topology = msgspec.structs.replace(self._topology, nics=nics)
             for change in changes:
