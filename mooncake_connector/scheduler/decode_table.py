@@ -216,11 +216,6 @@ class DecodeTable:
         """Whether it decodes."""
         return not np.isnan(self._start[self._rows[id]])
 
-    def generated(self, id: str, now: float) -> float:
-        """Tokens that its answer is predicted to have."""
-        row = self._rows[id]
-        return float(self._slots[self._engine[row]].steps(now) - self._start[row])
-
     def at(self, moment: float, now: float) -> Occupancy:
         """Every engine at `moment`, in the order of `names`."""
         number, count = self._engine[: len(self)], len(self._slots)

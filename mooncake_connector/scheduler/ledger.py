@@ -137,13 +137,6 @@ class Ledger:
             self._answers.remove(id, now)
         return booking
 
-    def booking(self, id: str) -> Booking:
-        return self._bookings[id]
-
-    def queue(self, name: str, now: float) -> float:
-        """Predicted seconds until an engine could begin with another prompt."""
-        return self._queues[name].seconds(now)
-
     def prompts(self, name: str) -> PrefillQueue:
         return self._queues[name]
 

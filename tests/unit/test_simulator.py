@@ -158,7 +158,7 @@ def test_what_was_predicted_of_prefill_comes_true_though_nobody_told_the_costs()
     assert 0.8 < low <= middle <= high < 1.25
 
 
-def test_a_trace_is_read_spread_sped_up_and_repeated(tmp_path: Path) -> None:
+def test_a_trace_is_read_spread_and_sped_up(tmp_path: Path) -> None:
     file = tmp_path / "trace.jsonl"
     lines = [Line(3000.0, 1100, 7, [4, 5, 6]), Line(0.0, 10, 1, [4])]
     file.write_bytes(b"\n".join(msgspec.json.encode(line) for line in lines))
@@ -166,9 +166,6 @@ def test_a_trace_is_read_spread_sped_up_and_repeated(tmp_path: Path) -> None:
     assert kept == [Job(0.0, 10, 1, ()), Job(1.5, 1100, 7, (4, 5))]
     spread = trace.jobs(trace.read(file), speed=2)
     assert all(a.at <= b.at < a.at + 1.5 for a, b in zip(kept, spread, strict=True))
-    again = trace.repeated(lines, 4)
-    assert [line.timestamp for line in again] == [3000.0, 0.0, 6000.0, 3000.0]
-    assert again[2].hash_ids == [11, 12, 13]
 
 
 @pytest.mark.parametrize(

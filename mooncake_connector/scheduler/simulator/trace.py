@@ -6,7 +6,7 @@ chained ids of the prompt's 512-token blocks, the last of which may be begun onl
 
 import gzip
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -85,21 +85,6 @@ def jobs(lines: Iterable[Line], *, speed: float = 1.0, spread: float = TICK, see
         for line in lines
     ]
     return sorted(found, key=lambda job: job.at)
-
-
-def repeated(lines: Sequence[Line], count: int) -> list[Line]:
-    """`count` requests: the trace again and again, one after the other; every turn has blocks of its own."""
-    length = lines[-1].timestamp + TICK * 1e3
-    ids = 1 + max((key for line in lines for key in line.hash_ids), default=0)
-    found = []
-    for at in range(count):
-        turn, which = divmod(at, len(lines))
-        line = lines[which]
-        keys = [key + turn * ids for key in line.hash_ids]
-        found.append(
-            Line(line.timestamp + turn * length, line.input_length, line.output_length, keys),
-        )
-    return found
 
 
 def made_up(
