@@ -35,7 +35,7 @@ from benchmarks.saved import Saved
 from benchmarks.ttft_client import TIMELINE, body, open_session, prompt, stream
 from benchmarks.ttft_measures import percentile
 from mooncake_connector.scheduler.actuator.local import PreloadedVllm, engine_environment, stop_all
-from mooncake_connector.scheduler.scheduling import Scheduling
+from mooncake_connector.scheduler.policy.scheduling import Scheduling
 from mooncake_connector.scheduler.simulator.costs import Costs, pairs
 from mooncake_connector.scheduler.simulator.setup import Setup
 from mooncake_connector.scheduler.simulator.trace import Job

@@ -25,8 +25,8 @@ from pathlib import Path
 import msgspec
 import report
 
-from mooncake_connector.scheduler.base import Arrival
-from mooncake_connector.scheduler.estimators import OutputLengths
+from mooncake_connector.scheduler.policy.base import Arrival
+from mooncake_connector.scheduler.policy.estimators import OutputLengths
 
 BENCHMARK = "output_length"
 BLOCKS = 2

@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 import report
 
-from mooncake_connector.scheduler.engine_blocks import EngineBlocks, decode
-from mooncake_connector.scheduler.prefix_index import PrefixIndex
+from mooncake_connector.scheduler.policy.engine_blocks import EngineBlocks, decode
+from mooncake_connector.scheduler.policy.prefix_index import PrefixIndex
 
 NAME = "prefix_index"
 INSTANCES, BLOCKS, BLOCK = 64, 1_000_000, 16

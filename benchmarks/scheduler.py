@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import scheduler_validation
 from benchmarks.report import Row, add_arguments, row
 from benchmarks.saved import Saved
-from mooncake_connector.scheduler.base import Slo
-from mooncake_connector.scheduler.scheduling import Scheduling
+from mooncake_connector.scheduler.policy.base import Slo
+from mooncake_connector.scheduler.policy.scheduling import Scheduling
 from mooncake_connector.scheduler.simulator import trace
 from mooncake_connector.scheduler.simulator.presets import preset
 from mooncake_connector.scheduler.simulator.report import summary

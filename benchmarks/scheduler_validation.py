@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import serving
 from benchmarks.gpu_engines import LLAMA_8B
 from benchmarks.report import Row, row, table
-from mooncake_connector.scheduler.scheduling import Scheduling
+from mooncake_connector.scheduler.policy.scheduling import Scheduling
 from mooncake_connector.scheduler.simulator.presets import preset
 from mooncake_connector.scheduler.simulator.report import summary
 from mooncake_connector.scheduler.simulator.setup import Setup

@@ -19,9 +19,9 @@ from pathlib import Path
 import msgspec
 import report
 
-from mooncake_connector.scheduler.openai import CHAT, COMPLETIONS, ClientRequest
-from mooncake_connector.scheduler.tokenizer_files import TokenizerFiles, read
-from mooncake_connector.scheduler.tokens import Tokenizer, Tokens
+from mooncake_connector.scheduler.prompts.tokenizer_files import TokenizerFiles, read
+from mooncake_connector.scheduler.prompts.tokens import Tokenizer, Tokens
+from mooncake_connector.scheduler.proxy.openai import CHAT, COMPLETIONS, ClientRequest
 
 BENCHMARK = "tokens"
 SIZES = {"0.2 kB": 200, "1 kB": 1_000, "2 kB": 2_000, "5 kB": 5_000, "20 kB": 20_000, "200 kB": 200_000}

@@ -16,7 +16,7 @@ from benchmarks.report import Row, not_run, row
 from benchmarks.ttft_client import body, stream, whole
 from benchmarks.ttft_measures import FAILURES, OURS, QUIET, SINGLE, Bench, Rows, percentile, said
 from mooncake_connector.scheduler.engines.vllm import VllmEngine
-from mooncake_connector.scheduler.openai import COMPLETIONS, ClientRequest
+from mooncake_connector.scheduler.proxy.openai import COMPLETIONS, ClientRequest
 
 PLAIN = "nobody takes the KV"
 STREAMING = "streaming"

@@ -116,8 +116,8 @@ def _proxy(options: dict[str, object]) -> int:
     try:
         import uvloop
 
-        from mooncake_connector.scheduler import proxy
-        from mooncake_connector.scheduler.settings import ProxySettings
+        from mooncake_connector.scheduler.proxy import app as proxy
+        from mooncake_connector.scheduler.proxy.settings import ProxySettings
     except ImportError as error:
         return _missing(error, "proxy")
     settings = ProxySettings.load(options, os.environ)

@@ -1,1 +1,1 @@
-"""The proxy in front of prefill and decode engines: who serves what, and how each is driven."""
+"""The scheduler: a proxy in front of prefill and decode engines, its policy, and a simulator of both."""

@@ -20,10 +20,10 @@ from mooncake_connector.scheduler.actuator.local import (
     start_all,
     stop_all,
 )
-from mooncake_connector.scheduler.engine_blocks import EngineBlocks
 from mooncake_connector.scheduler.engines.base import EngineInfo, KvEventSource
-from mooncake_connector.scheduler.kv_events import KvEventSubscriber
-from mooncake_connector.scheduler.prefix_index import PrefixIndex
+from mooncake_connector.scheduler.engines.kv_events import KvEventSubscriber
+from mooncake_connector.scheduler.policy.engine_blocks import EngineBlocks
+from mooncake_connector.scheduler.policy.prefix_index import PrefixIndex
 from tests.engine.direct import probe
 from tests.engine.harness import complete, eventually, greedy, metric, random_prompt, reset_prefix_cache
 

@@ -10,8 +10,8 @@ import aiohttp
 import pytest
 
 from mooncake_connector.demo.models import make
-from mooncake_connector.scheduler.openai import CHAT, COMPLETIONS, ClientRequest
-from mooncake_connector.scheduler.tokens import Tokens
+from mooncake_connector.scheduler.prompts.tokens import Tokens
+from mooncake_connector.scheduler.proxy.openai import CHAT, COMPLETIONS, ClientRequest
 from tests.engine.harness import Cluster
 from tests.unit import tiny_tokenizers
 from tests.unit.chat_templates import TEMPLATES

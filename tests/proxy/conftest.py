@@ -10,8 +10,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from mooncake_connector.scheduler.proxy import Proxy
-from mooncake_connector.scheduler.settings import ProxySettings
+from mooncake_connector.scheduler.proxy.app import Proxy
+from mooncake_connector.scheduler.proxy.settings import ProxySettings
 from tests.proxy.fakes import FakeEngine
 
 

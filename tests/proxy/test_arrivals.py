@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from mooncake_connector.scheduler.arrivals import Arrivals, Asked
-from mooncake_connector.scheduler.base import Slo
-from mooncake_connector.scheduler.openai import BadRequest, ClientRequest
-from mooncake_connector.scheduler.prefix_index import PrefixIndex
-from mooncake_connector.scheduler.settings import ServiceClass
-from mooncake_connector.scheduler.tokens import Tokens
+from mooncake_connector.scheduler.policy.base import Slo
+from mooncake_connector.scheduler.policy.prefix_index import PrefixIndex
+from mooncake_connector.scheduler.prompts.tokens import Tokens
+from mooncake_connector.scheduler.proxy.arrivals import Arrivals, Asked
+from mooncake_connector.scheduler.proxy.openai import BadRequest, ClientRequest
+from mooncake_connector.scheduler.proxy.settings import ServiceClass
 from tests.proxy.conftest import Start
 from tests.proxy.fakes import MODEL
 

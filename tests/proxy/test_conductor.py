@@ -8,8 +8,8 @@ from typing import Any
 import openai
 import pytest
 
-from mooncake_connector.scheduler.base import Slo
-from mooncake_connector.scheduler.scheduling import Scheduling
+from mooncake_connector.scheduler.policy.base import Slo
+from mooncake_connector.scheduler.policy.scheduling import Scheduling
 from tests.proxy.conftest import Setting, Start
 from tests.proxy.fakes import MODEL, FakeEngine, events
 from tests.proxy.test_failures import idle

@@ -8,7 +8,7 @@ import aiohttp
 import openai
 import pytest
 
-from mooncake_connector.scheduler import dispatch
+from mooncake_connector.scheduler.proxy import dispatch
 from tests.proxy.conftest import Setting, Start
 from tests.proxy.fakes import MODEL, events
 

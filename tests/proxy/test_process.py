@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from mooncake_connector.errors import ConfigError
-from mooncake_connector.scheduler.settings import ProxySettings
+from mooncake_connector.scheduler.proxy.settings import ProxySettings
 from tests.proxy.conftest import free_port
 from tests.proxy.fakes import MODEL, FakeEngine, events
 

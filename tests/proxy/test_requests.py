@@ -6,7 +6,7 @@ import json
 import openai
 import pytest
 
-from mooncake_connector.scheduler.scheduling import Scheduling
+from mooncake_connector.scheduler.policy.scheduling import Scheduling
 from tests.proxy.conftest import Start
 from tests.proxy.fakes import MODEL, events
 

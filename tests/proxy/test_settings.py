@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from mooncake_connector.errors import ConfigError
-from mooncake_connector.scheduler.base import Slo
-from mooncake_connector.scheduler.settings import ProxySettings
+from mooncake_connector.scheduler.policy.base import Slo
+from mooncake_connector.scheduler.proxy.settings import ProxySettings
 
 POOLS = "prefill: [http://p:1]\ndecode: http://d:2/\n"
 KEY = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooncake_connector.scheduler.block_keys import MULTIPLIER, chain, contents, extend, keys, root, salt_of
+from mooncake_connector.scheduler.policy.block_keys import (
+    MULTIPLIER,
+    chain,
+    contents,
+    extend,
+    keys,
+    root,
+    salt_of,
+)
 
 tokens = st.lists(st.integers(0, 5), max_size=40)
 sizes = st.integers(1, 8)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mooncake_connector.scheduler.admission import Margin
-from mooncake_connector.scheduler.base import (
+from mooncake_connector.scheduler.policy.admission import Margin
+from mooncake_connector.scheduler.policy.base import (
     Arrival,
     Copy,
     Instance,
@@ -22,8 +22,8 @@ from mooncake_connector.scheduler.base import (
     Verdict,
     Waiting,
 )
-from mooncake_connector.scheduler.conductor import Conductor
-from mooncake_connector.scheduler.estimators import (
+from mooncake_connector.scheduler.policy.conductor import Conductor
+from mooncake_connector.scheduler.policy.estimators import (
     Calibration,
     Estimators,
     Lengths,
@@ -33,10 +33,10 @@ from mooncake_connector.scheduler.estimators import (
     StepCost,
     StepEstimator,
 )
-from mooncake_connector.scheduler.estimators.output_length import BINS
-from mooncake_connector.scheduler.fairness import Demand
-from mooncake_connector.scheduler.prefix_index import PrefixIndex
-from mooncake_connector.scheduler.scheduling import Admission, Scheduling, SloRule
+from mooncake_connector.scheduler.policy.estimators.output_length import BINS
+from mooncake_connector.scheduler.policy.fairness import Demand
+from mooncake_connector.scheduler.policy.prefix_index import PrefixIndex
+from mooncake_connector.scheduler.policy.scheduling import Admission, Scheduling, SloRule
 
 KV = 10_000
 

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mooncake_connector.scheduler import block_keys
-from mooncake_connector.scheduler.block_keys import salt_of
-from mooncake_connector.scheduler.engine_blocks import (
+from mooncake_connector.scheduler.policy import block_keys
+from mooncake_connector.scheduler.policy.block_keys import salt_of
+from mooncake_connector.scheduler.policy.engine_blocks import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
     EngineBlocks,
     decode,
 )
-from mooncake_connector.scheduler.prefix_index import PrefixIndex
+from mooncake_connector.scheduler.policy.prefix_index import PrefixIndex
 
 
 def engine_hash(tokens, extras=()):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooncake_connector.scheduler.estimators import (
+from mooncake_connector.scheduler.policy.estimators import (
     PrefillCost,
     PrefillEstimator,
     StepCost,
@@ -15,7 +15,7 @@ from mooncake_connector.scheduler.estimators import (
     TransferCost,
     TransferEstimator,
 )
-from mooncake_connector.scheduler.estimators import base as costs
+from mooncake_connector.scheduler.policy.estimators import base as costs
 
 TOKENS = st.integers(0, 200_000)
 SECONDS = st.floats(1e-6, 1e3)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from mooncake_connector.scheduler.estimators import Calibration
+from mooncake_connector.scheduler.policy.estimators import Calibration
 
 
 def test_quantiles_of_ratio_and_error_and_the_covered_share() -> None:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mooncake_connector.scheduler.base import Arrival
-from mooncake_connector.scheduler.estimators import Lengths, OutputLengths, output_length
-from mooncake_connector.scheduler.estimators.output_length import BINS, EDGES, LONGEST
+from mooncake_connector.scheduler.policy.base import Arrival
+from mooncake_connector.scheduler.policy.estimators import Lengths, OutputLengths, output_length
+from mooncake_connector.scheduler.policy.estimators.output_length import BINS, EDGES, LONGEST
 
 LENGTHS = st.integers(1, 20_000)
 

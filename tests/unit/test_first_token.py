@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooncake_connector.scheduler.first_token import Early, EarlyReader, Mismatch, Splice, eligible
-from mooncake_connector.scheduler.openai import CHAT, COMPLETIONS, ClientRequest
-from mooncake_connector.scheduler.sse import Events
+from mooncake_connector.scheduler.proxy.first_token import Early, EarlyReader, Mismatch, Splice, eligible
+from mooncake_connector.scheduler.proxy.openai import CHAT, COMPLETIONS, ClientRequest
+from mooncake_connector.scheduler.proxy.sse import Events
 
 DONE = b"data: [DONE]\n\n"
 

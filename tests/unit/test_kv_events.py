@@ -10,10 +10,10 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from mooncake_connector.scheduler.engine_blocks import EngineBlocks
 from mooncake_connector.scheduler.engines.base import KvEventSource
-from mooncake_connector.scheduler.kv_events import KvEventSubscriber, Position
-from mooncake_connector.scheduler.prefix_index import PrefixIndex
+from mooncake_connector.scheduler.engines.kv_events import KvEventSubscriber, Position
+from mooncake_connector.scheduler.policy.engine_blocks import EngineBlocks
+from mooncake_connector.scheduler.policy.prefix_index import PrefixIndex
 
 END = (-1).to_bytes(8, "big", signed=True)
 PROMPT = list(range(40))

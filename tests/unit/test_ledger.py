@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mooncake_connector.scheduler.base import Instance, Placement
-from mooncake_connector.scheduler.decode_table import Answer
-from mooncake_connector.scheduler.ledger import UNKNOWN_ROOM, Booking, Ledger
-from mooncake_connector.scheduler.prefill_meter import TOGETHER, PrefillMeter
-from mooncake_connector.scheduler.prefill_queue import OVERDUE, PrefillQueue
+from mooncake_connector.scheduler.policy.base import Instance, Placement
+from mooncake_connector.scheduler.policy.decode_table import Answer
+from mooncake_connector.scheduler.policy.ledger import UNKNOWN_ROOM, Booking, Ledger
+from mooncake_connector.scheduler.policy.prefill_meter import TOGETHER, PrefillMeter
+from mooncake_connector.scheduler.policy.prefill_queue import OVERDUE, PrefillQueue
 
 PACE = 0.1
 

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from mooncake_connector.scheduler.prefix_index import PrefixIndex
+from mooncake_connector.scheduler.policy.prefix_index import PrefixIndex
 
 NAMES = [f"engine-{i}" for i in range(5)]
 names = st.sampled_from(NAMES)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooncake_connector.scheduler.base import Rejected
-from mooncake_connector.scheduler.progress import PrefillTimes, StreamCount, read_whole
-from mooncake_connector.scheduler.rejection import body, explain, retry_seconds
+from mooncake_connector.scheduler.policy.base import Rejected
+from mooncake_connector.scheduler.proxy.progress import PrefillTimes, StreamCount, read_whole
+from mooncake_connector.scheduler.proxy.rejection import body, explain, retry_seconds
 
 EVENT = b'data: {"choices":[{"text":"\\n\\n"}]}\n\n'
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooncake_connector.scheduler.base import Arrival, Copy, DecodeView, Instance, PrefillView, Side
-from mooncake_connector.scheduler.estimators import (
+from mooncake_connector.scheduler.policy.base import Arrival, Copy, DecodeView, Instance, PrefillView, Side
+from mooncake_connector.scheduler.policy.estimators import (
     Estimators,
     PrefillCost,
     PrefillEstimator,
@@ -17,7 +17,7 @@ from mooncake_connector.scheduler.estimators import (
     TransferCost,
     TransferEstimator,
 )
-from mooncake_connector.scheduler.routing import Route, Router, Routing
+from mooncake_connector.scheduler.policy.routing import Route, Router, Routing
 
 ROOM = 10**6
 

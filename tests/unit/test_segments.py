@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooncake_connector.scheduler import segments
-from mooncake_connector.scheduler.segments import Segments
+from mooncake_connector.scheduler.prompts import segments
+from mooncake_connector.scheduler.prompts.segments import Segments
 from tests.unit.tiny_tokenizers import CORPUS, KINDS, MARKS, make
 
 FRAGMENTS = st.one_of(

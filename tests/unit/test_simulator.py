@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from mooncake_connector import cli
 from mooncake_connector.errors import ConfigError
-from mooncake_connector.scheduler.base import Slo
-from mooncake_connector.scheduler.scheduling import Scheduling
+from mooncake_connector.scheduler.policy.base import Slo
+from mooncake_connector.scheduler.policy.scheduling import Scheduling
 from mooncake_connector.scheduler.simulator import trace
 from mooncake_connector.scheduler.simulator.presets import PRESETS, preset
 from mooncake_connector.scheduler.simulator.report import summary

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from mooncake_connector.scheduler.conversation import conversation_key, salt
-from mooncake_connector.scheduler.openai import CHAT, COMPLETIONS, BadRequest, ClientRequest
-from mooncake_connector.scheduler.tokenizer_files import TokenizerFiles, _templates
-from mooncake_connector.scheduler.tokens import Prompt, Tokenizer, Tokens
+from mooncake_connector.scheduler.prompts.conversation import conversation_key, salt
+from mooncake_connector.scheduler.prompts.tokenizer_files import TokenizerFiles, _templates
+from mooncake_connector.scheduler.prompts.tokens import Prompt, Tokenizer, Tokens
+from mooncake_connector.scheduler.proxy.openai import CHAT, COMPLETIONS, BadRequest, ClientRequest
 from tests.unit.chat_templates import TEMPLATES
 from tests.unit.tiny_tokenizers import make
 
@@ -86,7 +86,7 @@ async def test_token_ids_need_no_tokenizer():
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9, 50])
 async def test_ids_are_the_same_however_they_are_cut(count: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mooncake_connector.scheduler.tokens._PIECE_BYTES", 8)
+    monkeypatch.setattr("mooncake_connector.scheduler.prompts.tokens._PIECE_BYTES", 8)
     tokens = Tokens()
     for text in (json.dumps([*range(count)]), json.dumps([*range(1, count + 1)], indent=3)):
         request = ClientRequest.parse(COMPLETIONS, b'{"prompt": %b}' % text.encode())
@@ -235,7 +235,7 @@ async def test_too_many_at_once_are_not_told(tokens: Tokens, monkeypatch: pytest
 
 def test_nothing_heavy_is_imported_before_it_is_needed():
     heavy = "{'transformers', 'tokenizers', 'jinja2', 'torch'}"
-    code = f"import sys, mooncake_connector.scheduler.tokens; print({heavy} & {{*sys.modules}})"
+    code = f"import sys, mooncake_connector.scheduler.prompts.tokens; print({heavy} & {{*sys.modules}})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 

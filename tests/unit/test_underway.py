@@ -5,12 +5,12 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooncake_connector.scheduler.base import Arrival, Instance, Placement
-from mooncake_connector.scheduler.conductor import Conductor
-from mooncake_connector.scheduler.estimators import Estimators
-from mooncake_connector.scheduler.prefix_index import PrefixIndex
-from mooncake_connector.scheduler.scheduling import Scheduling
-from mooncake_connector.scheduler.underway import Underway
+from mooncake_connector.scheduler.policy.base import Arrival, Instance, Placement
+from mooncake_connector.scheduler.policy.conductor import Conductor
+from mooncake_connector.scheduler.policy.estimators import Estimators
+from mooncake_connector.scheduler.policy.prefix_index import PrefixIndex
+from mooncake_connector.scheduler.policy.scheduling import Scheduling
+from mooncake_connector.scheduler.policy.underway import Underway
 
 PROMPTS = st.lists(st.integers(0, 5), max_size=6)
 STEPS = st.lists(st.tuples(st.sampled_from("ab"), PROMPTS, st.booleans()), max_size=20)

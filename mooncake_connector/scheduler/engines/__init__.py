@@ -1,1 +1,1 @@
-"""How to drive one kind of engine; `vllm` today."""
+"""The engines behind the proxy: how each kind is driven, which are up, and what they hold; `vllm` today."""

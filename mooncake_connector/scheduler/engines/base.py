@@ -7,7 +7,7 @@ import aiohttp
 import msgspec
 
 from mooncake_connector.errors import MooncakeError
-from mooncake_connector.scheduler.openai import ClientRequest
+from mooncake_connector.scheduler.proxy.openai import ClientRequest
 
 # What the connector's own handshake compares: a pair that it would refuse is never tried.
 MATCHING = ("protocol", "model_hash", "dtype", "layout")

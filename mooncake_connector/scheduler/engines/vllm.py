@@ -7,7 +7,7 @@ import aiohttp
 import msgspec
 
 from mooncake_connector.scheduler.engines.base import EngineInfo, EngineUnready, told
-from mooncake_connector.scheduler.openai import CHAT, COMPLETIONS, ClientRequest
+from mooncake_connector.scheduler.proxy.openai import CHAT, COMPLETIONS, ClientRequest
 
 # They shape the answer, not the prompt: prefill's one token is dropped, so it need not compute them.
 # response_format is not among them: some chat templates render it.

@@ -9,9 +9,9 @@ from typing import Any, get_args
 import msgspec
 
 from mooncake_connector.errors import ConfigError
-from mooncake_connector.scheduler.base import Slo
-from mooncake_connector.scheduler.routing import Routing
-from mooncake_connector.scheduler.scheduling import Admission, Scheduling
+from mooncake_connector.scheduler.policy.base import Slo
+from mooncake_connector.scheduler.policy.routing import Routing
+from mooncake_connector.scheduler.policy.scheduling import Admission, Scheduling
 from mooncake_connector.scheduler.simulator import plot, report, trace
 from mooncake_connector.scheduler.simulator.presets import PRESETS, preset
 from mooncake_connector.scheduler.simulator.setup import Setup, parse_pools

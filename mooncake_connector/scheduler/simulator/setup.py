@@ -6,7 +6,7 @@ from typing import Literal
 import msgspec
 
 from mooncake_connector.errors import ConfigError
-from mooncake_connector.scheduler.estimators import (
+from mooncake_connector.scheduler.policy.estimators import (
     Estimators,
     PrefillCost,
     PrefillEstimator,
@@ -15,7 +15,7 @@ from mooncake_connector.scheduler.estimators import (
     TransferCost,
     TransferEstimator,
 )
-from mooncake_connector.scheduler.scheduling import Scheduling
+from mooncake_connector.scheduler.policy.scheduling import Scheduling
 from mooncake_connector.scheduler.simulator.costs import Costs
 
 Coupled = Literal["chunked", "whole"]

@@ -7,9 +7,17 @@ from functools import partial
 
 import msgspec
 
-from mooncake_connector.scheduler.base import Arrival, Instance, Placement, Rejected, Side, Verdict, Waiting
-from mooncake_connector.scheduler.conductor import Conductor
-from mooncake_connector.scheduler.prefix_index import PrefixIndex
+from mooncake_connector.scheduler.policy.base import (
+    Arrival,
+    Instance,
+    Placement,
+    Rejected,
+    Side,
+    Verdict,
+    Waiting,
+)
+from mooncake_connector.scheduler.policy.conductor import Conductor
+from mooncake_connector.scheduler.policy.prefix_index import PrefixIndex
 from mooncake_connector.scheduler.simulator.blocks import Blocks
 from mooncake_connector.scheduler.simulator.engine import Engine
 from mooncake_connector.scheduler.simulator.gaps import Gaps

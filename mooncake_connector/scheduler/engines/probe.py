@@ -1,0 +1,85 @@
+"""Keeps the view of every engine fresh: cheap health checks, and probes when something may have changed."""
+
+import asyncio
+import logging
+from typing import Self
+
+import aiohttp
+
+from mooncake_connector.scheduler.engines.base import Engine, EngineUnready
+from mooncake_connector.scheduler.engines.pool import Instance, Pool
+
+log = logging.getLogger(__name__)
+
+MISSES = 2
+WAITING_LOG_SECONDS = 10.0
+RETRY_SECONDS = 1.0
+
+
+class Prober:
+    """One task per engine, for as long as the context is open.
+
+    Args:
+        check_seconds: pause between two health checks.
+        probe_seconds: age at which an idle engine's last probe is renewed.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        engine: Engine,
+        session: aiohttp.ClientSession,
+        *,
+        check_seconds: float,
+        probe_seconds: float,
+    ) -> None:
+        self._pool = pool
+        self._engine = engine
+        self._session = session
+        self._check_seconds = check_seconds
+        self._probe_seconds = probe_seconds
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(self._watch(instance)) for instance in self._pool]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _watch(self, instance: Instance) -> None:
+        clock = asyncio.get_running_loop().time
+        started = said = clock()
+        probed = float("-inf")
+        misses = 0
+        while True:
+            idle = instance.requests == 0 and clock() - probed > self._probe_seconds
+            try:
+                if not instance.up or instance.suspicion.is_set() or idle:
+                    instance.suspicion.clear()
+                    instance.mark_up(await self._engine.probe(self._session, instance.url))
+                    self._pool.mismatches()
+                    probed = clock()
+                else:
+                    await self._engine.health(self._session, instance.url)
+                misses = 0
+            except EngineUnready as error:
+                misses += 1
+                # A busy engine may miss one check; one that never answered, or whose port is closed, is down.
+                if error.gone or not instance.up or misses >= MISSES:
+                    instance.mark_down(str(error))
+            except Exception:
+                log.exception("check of %s failed", instance.url)
+                instance.mark_down("the proxy's own check failed; see its log")
+            if not instance.info and clock() - said > WAITING_LOG_SECONDS:
+                said = clock()
+                log.info("waiting for %s %s since %.0f s", instance.side, instance.url, said - started)
+            pause = self._check_seconds if instance.up else min(self._check_seconds, RETRY_SECONDS)
+            try:
+                await asyncio.wait_for(instance.suspicion.wait(), pause)
+                # Many requests may fail at once: at most one probe each tenth of a second.
+                await asyncio.sleep(min(0.1, pause))
+            except TimeoutError:
+                pass

@@ -1,0 +1,347 @@
+"""Who is let in: early rejection (arXiv 2407.00079v3, section 7), and ours, that looks at each request.
+
+A decode engine's load is the larger of time per token over what is promised, and of KV taken over all KV.
+"""
+
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from mooncake_connector.scheduler.policy.base import Arrival, Rejected
+from mooncake_connector.scheduler.policy.decode_table import Answer, Floats
+from mooncake_connector.scheduler.policy.estimators import Calibration, Estimators
+from mooncake_connector.scheduler.policy.fairness import Demand, Ranks, Usage
+from mooncake_connector.scheduler.policy.ledger import Ledger
+from mooncake_connector.scheduler.policy.routing import Route, Router
+from mooncake_connector.scheduler.policy.scheduling import Scheduling
+
+# How long an answer is taken to last before any ended, seconds.
+LASTING = 10.0
+# How long an answer lasted counts for 1/e after so many others.
+MEMORY = 200
+# Where in the answer it is looked whether promises are kept, as shares of the length that 81% do not exceed.
+STAGES = np.array([0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
+# When room is looked for, seconds after the prompt would be computed.
+LATER = np.array([0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0])
+# So many other decode engines are looked at when the best one has no room.
+OTHERS = 1
+# After so many more observations a margin is set anew.
+ENOUGH = 20
+# Who takes more of decode than so many others only makes way when it is tight: the power of the rank.
+STEEP = 4
+# Whoever is rejected is told to come back no sooner, seconds.
+SOONEST = 1.0
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """Not now.
+
+    Attributes:
+        wait: predicted seconds after which it would be let in; None: waiting does not help.
+    """
+
+    rejected: Rejected
+    wait: float | None = None
+
+
+class Ahead(msgspec.Struct, frozen=True):
+    """Those that wait before a request.
+
+    Attributes:
+        requests: how many.
+        tokens: of KV that they will need.
+    """
+
+    requests: int = 0
+    tokens: float = 0.0
+
+
+NOBODY = Ahead()
+
+
+class Load(msgspec.Struct, frozen=True):
+    """What is predicted of a promise; more than the limit breaks it."""
+
+    target: Literal["ttft", "tbt", "overload"]
+    predicted: float
+    limit: float
+
+    @property
+    def share(self) -> float:
+        return self.predicted / self.limit
+
+    def rejected(self, retry_after: float) -> Rejected:
+        """What the client is told."""
+        return Rejected(
+            target=self.target,
+            predicted=self.predicted,
+            limit=self.limit,
+            retry_after=max(SOONEST, retry_after),
+        )
+
+
+class Margin:
+    """By how much a prediction is exceeded, by one of ten for whom it is close.
+
+    Attributes:
+        factor: observed over predicted; at least 1.
+    """
+
+    def __init__(self, calibration: Calibration, quantity: str) -> None:
+        self._calibration = calibration
+        self._quantity = quantity
+        self._count = 0
+        self.factor = 1.0
+
+    def add(self, predicted: float, observed: float, limit: float, allowed: float = 0.0) -> None:
+        """Only those are counted that, by what is known, might take more than half of what is promised.
+
+        Args:
+            allowed: what it might have come to without any error.
+        """
+        if predicted * self.factor <= limit / 2:
+            return
+        self._calibration.observe(self._quantity, max(predicted, allowed), observed)
+        self._count += 1
+        if self._count % ENOUGH == 0:
+            self.factor = max(1.0, self._calibration.ratio(self._quantity, 0.9))
+
+
+class Gate:
+    """Judges routes. ``none`` lets everybody in, any other mode nobody above the emergency threshold.
+
+    - ``baseline``: TTFT at arrival; decode when the prompt is computed, which may have been in vain.
+    - ``early``: at arrival TTFT, and the mean load of decode engines as it is now.
+    - ``predicted``: the same for the moment when the prompt is computed, if every answer takes the mean time.
+    - ``per_request``: at arrival, for all of this answer, by the lengths predicted of each one in flight.
+
+    Nobody is rejected where nothing is in flight.
+    """
+
+    def __init__(
+        self, settings: Scheduling, ledger: Ledger, router: Router, estimators: Estimators, usage: Usage
+    ) -> None:
+        self._settings = settings
+        self._mode = settings.admission
+        self._ledger = ledger
+        self._router = router
+        self._step = estimators.step
+        self._usage = usage
+        self._lasting, self._lasted = LASTING, 0
+        self._prompts, self._answers = Demand(), Ranks()
+        self._ttft = Margin(estimators.calibration, "ttft_close")
+        self._tbt = Margin(estimators.calibration, "tbt_close")
+
+    def lasted(self, arrival: Arrival, predicted: float, observed: float, seconds: float) -> None:
+        """An answer ended: TBT as predicted and as it was, and seconds from its first token to its last."""
+        limit = arrival.slo.tbt
+        # Those let in after it may slow it down as far as the gate allows: only what is beyond that is error.
+        self._tbt.add(predicted, observed, limit, limit / self._tbt.factor)
+        self._lasted = min(self._lasted + 1, MEMORY)
+        self._lasting += (seconds - self._lasting) / self._lasted
+
+    def began(self, arrival: Arrival, predicted: float, observed: float) -> None:
+        """TTFT of an answer, as was predicted and as it was."""
+        self._ttft.add(predicted, observed, arrival.slo.ttft_of(arrival.tokens))
+
+    def came(self, arrival: Arrival, route: Route, answer: Answer, now: float) -> None:
+        """A request came; whether it is let in is another question."""
+        instances = self._ledger.instances
+        side = instances[route.computes].side
+        engines = sum(other.side == side for other in instances.values())
+        self._prompts.add(route.seconds, engines, now)
+        self._answers.add(_area(arrival, answer))
+
+    def judge(
+        self,
+        arrival: Arrival,
+        route: Route,
+        answer: Answer,
+        now: float,
+        *,
+        waited: float = 0.0,
+        aged: Ahead = NOBODY,
+        ahead: Ahead = NOBODY,
+    ) -> Route | Refusal:
+        """A route that keeps all promises: this one, or with another decode engine; or why there is none.
+
+        Args:
+            waited: seconds since it came.
+            aged: those that it must not pass.
+            ahead: all whose turn is before its own.
+        """
+        if self._mode == "none" or self._idle(route):
+            return route
+        if emergency := self._emergency(route):
+            return Refusal(emergency)
+        limit = arrival.slo.ttft_of(arrival.tokens)
+        if self._mode == "per_request":
+            return self._per_request(arrival, route, answer, limit - waited, now, aged, ahead)
+        ttft = Load("ttft", route.ttft, limit)
+        if ttft.share > 1:
+            return Refusal(ttft.rejected(ttft.predicted - limit))
+        if self._mode == "baseline":
+            return route
+        load = self._pool(arrival, route, now)
+        return Refusal(load.rejected(0.0)) if load.share > 1 else route
+
+    def rejudge(self, arrival: Arrival, route: Route, now: float) -> Rejected | None:
+        """After the prompt was computed: ``baseline`` looks at decode only now."""
+        if self._mode != "baseline" or route.decode not in self._ledger.instances:
+            return None
+        slot = self._ledger.decode(route.decode)
+        if slot.requests == 1:
+            return None
+        load = self._load(arrival, route.decode, slot.batch - 1, slot.context(now))
+        return load.rejected(0.0) if load.share > 1 else None
+
+    def _idle(self, route: Route) -> bool:
+        answers = self._ledger.decode(route.decode).requests
+        return not answers and not len(self._ledger.prompts(route.computes))
+
+    def _emergency(self, route: Route) -> Rejected | None:
+        settings = self._settings
+        queue = Load("overload", route.queue, settings.emergency_seconds)
+        if queue.share > 1:
+            return queue.rejected(queue.predicted - queue.limit)
+        slots = [self._ledger.decode(writer.name) for writer in self._ledger.writers()]
+        committed = sum(slot.committed for slot in slots if slot.capacity)
+        capacity = sum(slot.capacity for slot in slots)
+        if not capacity:
+            return None
+        kv = Load("overload", committed / capacity, settings.emergency_kv)
+        return kv.rejected(self._lasting * (1 - 1 / kv.share)) if kv.share > 1 else None
+
+    def _share(self, arrival: Arrival) -> float:
+        """The part of all that it may take: the last is for the urgent, and for modest tenants."""
+        bound = self._usage.above(arrival.priority) or self._usage.over(arrival.tenant)
+        return 1.0 - self._settings.reserve if bound else 1.0
+
+    def _pool(self, arrival: Arrival, route: Route, now: float) -> Load:
+        """Mean load of decode engines with this request in addition."""
+        if self._mode == "early":
+            found = self._ledger.all_at(now, now)
+        else:
+            found = self._ledger.lasting(now + route.ttft, self._lasting, now)
+        loads = [
+            self._load(arrival, writer.name, batch, context + arrival.tokens)
+            for writer, batch, context in zip(
+                self._ledger.writers(), found.batch.tolist(), found.context.tolist(), strict=True
+            )
+        ]
+        worst = max(loads, key=lambda load: load.share)
+        mean = sum(load.share for load in loads) / len(loads)
+        return Load(worst.target, mean * worst.limit, worst.limit)
+
+    def _load(self, arrival: Arrival, name: str, others: float, context: float) -> Load:
+        """One decode engine's with a batch of this request and others."""
+        tbt = Load("tbt", self._step.seconds(name, round(others) + 1, int(context)), arrival.slo.tbt)
+        capacity = self._ledger.decode(name).capacity
+        kv = Load("overload", context / capacity if capacity else 0.0, 1.0)
+        return max(tbt, kv, key=lambda load: load.share)
+
+    def _per_request(
+        self,
+        arrival: Arrival,
+        route: Route,
+        answer: Answer,
+        limit: float,
+        now: float,
+        aged: Ahead,
+        ahead: Ahead,
+    ) -> Route | Refusal:
+        reserved = self._share(arrival)
+        own = route.ttft - route.queue
+        share = reserved * self._modest(route.seconds >= self._prompts.bound)
+        margin = self._ttft.factor
+        room = share * (limit / margin - own)
+        if route.queue > room:
+            # Both in the terms of the promise: what it may come to, not what is expected.
+            load = Load("ttft", margin * route.ttft, min(limit, margin * (own + max(0.0, room))))
+            return Refusal(load.rejected(route.queue - room))
+        share = reserved * self._modest(self._answers.rank(_area(arrival, answer)) ** STEEP)
+        worst, tbt = self._whole(arrival, route, answer, share, now, aged)
+        if worst.share <= 1:
+            return msgspec.structs.replace(route, tbt=tbt)
+        if route.computes != route.decode:
+            for other in self._others(arrival, route, now):
+                load, tbt = self._whole(arrival, other, answer, share, now, aged)
+                if load.share <= 1:
+                    return msgspec.structs.replace(other, tbt=tbt)
+        wait = self._wait(arrival, route, answer, share, now, ahead)
+        return Refusal(worst.rejected(wait), wait)
+
+    def _modest(self, dear: float) -> float:
+        """The part of what is left that a request may use: who takes much makes room for many."""
+        return 1.0 - self._settings.favour_cheap * dear
+
+    def _others(self, arrival: Arrival, route: Route, now: float) -> list[Route]:
+        instances = self._ledger.instances
+        group = instances[route.decode].group
+        views = [
+            view
+            for view in self._ledger.decode_at(now + route.ttft, now)
+            if view.group == group and view.name != route.decode and view.name not in arrival.avoid
+            if instances[view.name].side == "decode"
+        ]
+        routes = [self._router.redecode(route, arrival, view) for view in views]
+        return sorted(routes, key=lambda other: other.tbt)[:OTHERS]
+
+    def _whole(
+        self, arrival: Arrival, route: Route, answer: Answer, share: float, now: float, aged: Ahead
+    ) -> tuple[Load, float]:
+        """What comes nearest to breaking a promise while it is written, its own or another's; and its TBT.
+
+        What it takes itself is not held against it, `share` is of what it has in common with others.
+        """
+        slot = self._ledger.decode(route.decode)
+        own = STAGES * answer.ends[-2]
+        need = arrival.tokens + own
+        # No faster than promised: whoever is let in may slow it down to that.
+        moments = now + route.ttft + own * max(route.tbt, slot.pace)
+        batch, context, beyond = self._crowd(route.decode, moments, now, aged)
+        alone = self._step.seconds(route.decode, 1, arrival.tokens)
+        limit = min(arrival.slo.tbt, self._ledger.strictest(route.decode))
+        paces = np.array(
+            [
+                self._step.seconds(route.decode, round(others) + 1, int(tokens))
+                for others, tokens in zip(batch.tolist(), (context + need).tolist(), strict=True)
+            ]
+        )
+        # The promise is of the mean over an answer; answers end at any of the stages.
+        means = np.cumsum((paces[1:] + paces[:-1]) / 2 * np.diff(STAGES)) / STAGES[1:]
+        room = max(0.0, limit - alone) / self._tbt.factor
+        tbt = Load("tbt", float(means.max()), alone + share * room)
+        if not slot.capacity:
+            return tbt, float(means[-1])
+        full = (need + share * np.maximum(slot.capacity - need, 0.0)) / slot.capacity
+        taken = (context + beyond + need) / slot.capacity
+        tightest = int(np.argmax(taken / full))
+        kv = Load("overload", float(taken[tightest]), float(full[tightest]))
+        return max(tbt, kv, key=lambda load: load.share), float(means[-1])
+
+    def _wait(
+        self, arrival: Arrival, route: Route, answer: Answer, share: float, now: float, ahead: Ahead
+    ) -> float:
+        """Seconds until its decode engine is predicted to have room for it and for those ahead of it."""
+        batch, context, beyond = self._crowd(route.decode, now + route.ttft + LATER, now, ahead)
+        context = context + beyond
+        need = arrival.tokens + answer.mean
+        for later, others, tokens in zip(LATER.tolist(), batch.tolist(), context.tolist(), strict=True):
+            if self._load(arrival, route.decode, others, tokens + need).share <= share:
+                return float(later)
+        return float(LATER[-1])
+
+    def _crowd(self, name: str, moments: Floats, now: float, ahead: Ahead) -> tuple[Floats, Floats, Floats]:
+        """Batch and context of an engine at some moments, and tokens of KV that may be taken beyond that."""
+        found = self._ledger.decode_over(name, moments, now)
+        engines = len(self._ledger.writers())
+        # Time per token is a mean over an answer, and evens out; KV that is not there stops an engine.
+        beyond = self._settings.caution * found.spread * found.context / np.maximum(found.batch, 1.0)
+        return found.batch + ahead.requests / engines, found.context + ahead.tokens / engines, beyond
+
+
+def _area(arrival: Arrival, answer: Answer) -> float:
+    """KV that an answer takes, times the steps for which it does."""
+    return (arrival.tokens + answer.mean / 2) * answer.mean

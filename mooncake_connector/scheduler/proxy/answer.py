@@ -1,0 +1,171 @@
+"""Decode's answer on its way to the client, and the ways in which there is none."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+
+import aiohttp
+import msgspec
+
+from mooncake_connector.errors import MooncakeError
+from mooncake_connector.scheduler.engines.base import told
+from mooncake_connector.scheduler.policy.base import Rejected
+from mooncake_connector.scheduler.proxy.first_token import Early, Mismatch, Splice
+from mooncake_connector.scheduler.proxy.journey import Journey
+from mooncake_connector.scheduler.proxy.progress import StreamCount, read_whole
+from mooncake_connector.scheduler.proxy.rejection import explain
+from mooncake_connector.scheduler.proxy.timeline import Timeline
+
+BROKEN = (aiohttp.ClientError, OSError, TimeoutError)
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """A whole answer of an engine."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class NoDecode(MooncakeError):
+    """No decode engine is usable."""
+
+
+class Overloaded(MooncakeError):
+    """The conductor rejected it."""
+
+    def __init__(self, rejected: Rejected) -> None:
+        super().__init__(explain(rejected))
+        self.rejected = rejected
+
+
+class DecodeFailed(MooncakeError):
+    """Decode failed before its answer's first byte; `reply` is the 5xx it gave, if it gave one."""
+
+    def __init__(self, message: str, reply: Reply | None = None) -> None:
+        super().__init__(message)
+        self.reply = reply
+
+
+class StreamBroken(MooncakeError):
+    """Decode's stream ended before its end."""
+
+
+class PrefillFailed(MooncakeError):
+    """Prefill failed; `refused`: with a 4xx, which another prefill engine would repeat."""
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+class Answer:
+    """Decode's answer, open. `first` is all of it unless `streamed`. Close it, always.
+
+    Attributes:
+        transfer_id: names it to both engines' connectors; empty if decode serves alone.
+        early: what `first` is, if it is prefill's first token.
+        again: called if decode's stream does not go on from that: another stream from its beginning, which
+            does; raises `DecodeFailed`.
+    """
+
+    def __init__(
+        self,
+        journey: Journey,
+        reply: aiohttp.ClientResponse,
+        first: bytes,
+        streamed: bool,
+        release: Callable[[], None],
+        timeline: Timeline,
+        reading: asyncio.Task[bytes] | None = None,
+        early: Early | None = None,
+    ) -> None:
+        self.journey = journey
+        self.choice = journey.placement
+        self.transfer_id = ""
+        self.status = reply.status
+        self.headers = reply.headers
+        self.first = first
+        self.streamed = streamed
+        self.prefill: asyncio.Task[bytes] | None = None
+        self.early = early
+        self.again: Callable[[str], Awaitable[Answer]] | None = None
+        self._reply = reply
+        self._release = release
+        self._timeline = timeline
+        self._reading = reading
+        self._second: Answer | None = None
+        self._count = StreamCount()
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """`first` and what follows it, as it comes.
+
+        Raises:
+            StreamBroken: the engine went away.
+        """
+        yield self.first
+        if self.early is None:
+            self._count.feed(self.first)
+            async for chunk in self._read():
+                yield chunk
+            return
+        splice = Splice(self.early)
+        try:
+            async for chunk in _spliced(self._read(), splice):
+                yield chunk
+            return
+        except (StreamBroken, Mismatch) as error:
+            if splice.begun or self.again is None:
+                raise StreamBroken(str(error)) from None
+            failure = error
+        self.journey.over(None)
+        self._reply.close()  # whatever it goes on with, nobody wants it
+        try:
+            self._second = await self.again(str(failure))
+            async for chunk in _spliced(self._second.chunks(), Splice(self.early)):
+                yield chunk
+        except (DecodeFailed, Mismatch) as error:
+            raise StreamBroken(f"{failure}; and again: {error}") from None
+
+    async def _read(self) -> AsyncIterator[bytes]:
+        try:
+            if self._reading:
+                first = await self._reading
+                self._timeline.mark("decode_first")
+                self._counted(first)
+                yield first
+            async for chunk in self._reply.content.iter_any():
+                self._counted(chunk)
+                yield chunk
+            self._timeline.mark("decode_end")
+        except BROKEN as error:
+            raise StreamBroken(f"decode {self.choice.decode} broke off: {told(error)}") from None
+
+    def _counted(self, chunk: bytes) -> None:
+        self._count.feed(chunk)
+        self.journey.progressed(self._count.tokens)
+
+    def close(self, *, whole: bool = False) -> None:
+        """Let go of the engine; an answer that isn't at its end (`whole`) is aborted there."""
+        self._release()
+        self._tell(whole and self.status == 200)
+        if self._second:
+            self._second.close(whole=whole)
+        if self._reading:
+            self._reading.cancel()
+        if self.streamed and not self._reply.content.at_eof():
+            self._reply.close()
+
+    def _tell(self, whole: bool) -> None:
+        if not whole or self._second:
+            self.journey.over(None)
+        elif self.streamed:
+            self.journey.over(self._count.tokens)
+        else:
+            said = read_whole(self.first)
+            self.journey.over(said.tokens, said.decoding)
+
+
+async def _spliced(chunks: AsyncIterator[bytes], splice: Splice) -> AsyncIterator[bytes]:
+    async for chunk in chunks:
+        yield splice.feed(chunk)
+    yield splice.end()

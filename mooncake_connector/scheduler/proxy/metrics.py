@@ -1,0 +1,108 @@
+"""The proxy's Prometheus metrics, in a registry of their own."""
+
+from collections.abc import Callable
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from mooncake_connector.scheduler.engines.pool import Instance, Pool
+
+SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
+
+
+class ProxyMetrics:
+    """Counters the handlers move, and gauges read from the pool when scraped."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "mooncake_proxy_requests",
+            "Requests by how they ended.",
+            ["path", "outcome"],
+            registry=self.registry,
+        )
+        self.first_byte = Histogram(
+            "mooncake_proxy_time_to_first_byte_seconds",
+            "From the request's arrival to the first byte of a streamed answer.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.duration = Histogram(
+            "mooncake_proxy_request_seconds",
+            "From the request's arrival to its answer's last byte.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.prefill_seconds = Histogram(
+            "mooncake_proxy_prefill_seconds",
+            "Prefill calls that succeeded.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.step_seconds = Histogram(
+            "mooncake_proxy_step_seconds",
+            "dispatch: until decode is asked; hand_over: from prefill's answer to decode's first bytes; "
+            "answer: from those to the last.",
+            ["step"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.first_tokens = Counter(
+            "mooncake_proxy_first_tokens",
+            "Streams by whose first token the client got, where prefill's could have been.",
+            ["by"],
+            registry=self.registry,
+        )
+        self.retries = Counter(
+            "mooncake_proxy_retries",
+            "Further attempts, by the side that failed.",
+            ["side"],
+            registry=self.registry,
+        )
+        self.prefill_skipped = Counter(
+            "mooncake_proxy_prefill_skipped",
+            "Requests that decode served alone, by reason.",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.rejected = Counter(
+            "mooncake_proxy_rejected",
+            "Requests answered with 429 by the proxy itself, by the promise that would have been broken.",
+            ["target"],
+            registry=self.registry,
+        )
+        self.waited_seconds = Histogram(
+            "mooncake_proxy_waited_seconds",
+            "How long requests waited to be let in, those that had to.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.cached_tokens = Counter(
+            "mooncake_proxy_cached_tokens",
+            "Prompt tokens that the chosen engine was expected to hold already, copies included.",
+            registry=self.registry,
+        )
+        self.copies = Counter(
+            "mooncake_proxy_copies",
+            "Copies of prefixes between engines: copied, failed, or refused (too many, or roles forbid it).",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.copied_tokens = Counter(
+            "mooncake_proxy_copied_tokens", "Prompt tokens copied between engines.", registry=self.registry
+        )
+        self._gauge("inflight", "Requests in flight.", pool, lambda instance: instance.requests)
+        self._gauge(
+            "inflight_tokens", "Estimated prompt tokens in flight.", pool, lambda instance: instance.tokens
+        )
+        self._gauge("engine_up", "1 if the engine is usable.", pool, lambda instance: int(instance.up))
+        self._gauge("engine_restarts", "Restarts seen.", pool, lambda instance: instance.restarts)
+
+    def _gauge(self, name: str, text: str, pool: Pool, value: Callable[[Instance], float]) -> None:
+        gauge = Gauge(f"mooncake_proxy_{name}", text, ["side", "engine"], registry=self.registry)
+        for instance in pool:
+            gauge.labels(instance.side, instance.url).set_function(partial(value, instance))
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return generate_latest(self.registry)
