@@ -116,7 +116,7 @@ def _proxy(options: dict[str, object]) -> int:
     try:
         import uvloop
 
-        from mooncake_connector.scheduler.proxy import app as proxy
+        from mooncake_connector.scheduler.proxy.serve import serve
         from mooncake_connector.scheduler.proxy.settings import ProxySettings
     except ImportError as error:
         return _missing(error, "proxy")
@@ -126,7 +126,7 @@ def _proxy(options: dict[str, object]) -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    uvloop.run(proxy.serve(settings))
+    uvloop.run(serve(settings))
     return 0
 
 
