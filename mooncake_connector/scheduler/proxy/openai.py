@@ -10,6 +10,10 @@ CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 CHARS_PER_TOKEN = 4
 
+TRANSFER = "kv_transfer_params"
+XARGS = "vllm_xargs"
+_NULL = msgspec.Raw(b"null")
+
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -45,15 +49,8 @@ class ClientRequest(msgspec.Struct, frozen=True):
         Raises:
             BadRequest: not a JSON object, or it sets ``kv_transfer_params``.
         """
-        try:
-            fields = _fields.decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise BadRequest(f"the request body is not a JSON object: {error}") from None
+        fields = read_fields(raw)
         request = cls(path, raw, fields, False, 0)
-        if request.get("kv_transfer_params") is not None:
-            raise BadRequest(
-                "kv_transfer_params is set by the proxy for each request; leave it out", "kv_transfer_params"
-            )
         prompt = fields.get("messages" if path == CHAT else "prompt", msgspec.Raw(b"null"))
         tokens = _chat_tokens(prompt) if path == CHAT else _prompt_tokens(prompt)
         return cls(path, raw, fields, request.get("stream") is True, tokens)
@@ -64,6 +61,33 @@ class ClientRequest(msgspec.Struct, frozen=True):
             return msgspec.json.decode(self.fields[name]) if name in self.fields else None
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
+
+
+def read_fields(raw: bytes) -> dict[str, msgspec.Raw]:
+    """A body's top-level fields, each still encoded.
+
+    Raises:
+        BadRequest: not a JSON object, or it sets ``kv_transfer_params``: its ids could name another request's
+            transfer.
+    """
+    try:
+        if not raw.isascii():
+            raw.decode()  # strings that stay encoded are not looked into otherwise
+        fields = _fields.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest(f"the request body is not a JSON object: {error}") from None
+    # Looked at encoded: what the proxy's decoder refuses, a number too large, the engine's may take.
+    if bytes(fields.get(TRANSFER, _NULL)) != b"null":
+        raise BadRequest(f"{TRANSFER} is set by the proxy for each request; leave it out", TRANSFER)
+    if XARGS in fields:
+        # vLLM merges these into the very dictionary that it puts the transfer's parameters in.
+        try:
+            inner = _fields.decode(fields[XARGS])
+        except msgspec.DecodeError:
+            inner = {}  # no object: the engine refuses it
+        if TRANSFER in inner:
+            raise BadRequest(f"{TRANSFER} is set by the proxy for each request; leave it out", XARGS)
+    return fields
 
 
 def error_body(message: str, kind: str, code: int, param: str | None = None) -> bytes:
