@@ -58,7 +58,7 @@ class RailPolicy(msgspec.Struct, frozen=True):
         settle_s: a rail that was up for so long has its earlier failures forgiven [s].
     """
 
-    window_s: float = 4e-3
+    window_s: float = 12e-3
     max_slices: int = 64
     memory_s: float = 20e-3
     stall_s: float = 3.0
@@ -193,6 +193,7 @@ class RailState:
         stuck = now - self._progress
         self.suspect(f"nothing of {self.slices} slices ({self.in_flight} bytes) landed in {stuck:.1f} s", now)
         self._abandoned = True
+        self._measured = False  # how quick it was says nothing about how quick it will be
 
     def abandon(self) -> None:
         """Give up on a rail whose end was not reported although a write failed."""

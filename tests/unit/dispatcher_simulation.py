@@ -39,9 +39,14 @@ class SimRail:
 
 @dataclass
 class Simulation:
-    """Each rail moves `rate` bytes/s, and its acknowledgements take `latency` seconds."""
+    """Each rail moves `rate` bytes/s, and its acknowledgements take `latency` seconds.
+
+    Attributes:
+        cost: seconds of the one processor that all rails share, for each slice before it is carried.
+    """
 
     latency: float = 10e-6
+    cost: float = 0.0
     now: float = 0.0
     dispatcher: Dispatcher = field(default_factory=Dispatcher)
     rails: dict[str, SimRail] = field(default_factory=dict)
@@ -51,6 +56,7 @@ class Simulation:
     ended: dict[int, Finished] = field(default_factory=dict)
     took: dict[int, float] = field(default_factory=dict)
     abandoned: list[str] = field(default_factory=list)
+    _processor_free_at: float = 0.0
     _coming: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     _numbers: "count[int]" = field(default_factory=count)
 
@@ -97,7 +103,8 @@ class Simulation:
         rail, nbytes = self.rails[post.rail], post.plan.nbytes
         if rail.stuck:
             return
-        rail.free_at = max(rail.free_at, self.now) + nbytes / rail.rate
+        self._processor_free_at = max(self._processor_free_at, self.now) + self.cost
+        rail.free_at = max(rail.free_at, self._processor_free_at) + nbytes / rail.rate
         life = rail.life
 
         def landed() -> None:

@@ -72,6 +72,18 @@ def test_a_large_write_is_shared_at_once() -> None:
     assert sim.took[transfer] < 0.33 * 8 * MIB / (10 * GB)
 
 
+@pytest.mark.parametrize("rails", [1, 4, 8])
+def test_rails_that_share_a_processor_do_not_slow_each_other_down_for_ever(rails: int) -> None:
+    """Rails that look slow because slices cost time must not get ever smaller ones, which cost more."""
+    sim = Simulation(cost=0.35e-3)
+    for number in range(rails):
+        sim.rail(f"tcp-{number}", 8 * GB / rails, rank=1)
+    for _ in range(4):
+        transfer = sim.submit(GIB, ranges=GIB // (32 * KIB))
+        sim.run()
+    assert sim.took[transfer] < 1.25 * GIB / (8 * GB)
+
+
 def test_a_slow_rail_does_not_hold_up_the_end() -> None:
     """Its smallest slice takes longer than the other rail needs for everything."""
     sim = Simulation()
@@ -339,7 +351,7 @@ def test_deadlines() -> None:
     sim.run()
     assert "deadline" in (sim.ended[late].error or "")
     assert 0 < sim.ended[late].nbytes < GIB
-    assert sim.took[late] == pytest.approx(0.5, abs=0.01)
+    assert sim.took[late] == pytest.approx(0.5, abs=0.02)  # what is in flight still lands
     assert sim.ok(in_time)
     assert "deadline" in (sim.ended[over].error or "")
 
