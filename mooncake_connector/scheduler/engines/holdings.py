@@ -29,22 +29,23 @@ class Holdings:
         self._listening: dict[str, asyncio.Task[None]] = {}
 
     def follow(self, instance: Instance) -> None:
-        """An engine came, went, or came anew."""
+        """An engine came, went, came anew, or was removed for good."""
         info, name = instance.info, instance.url
+        if instance.removed:
+            self._forget(name)
+            return
         if not instance.up or info is None or self._identities.get(name) == info.identity:
             return
         if not self._identities:
             self._index.block_size = info.block_size
-        self._identities[name] = info.identity
         blocks = info.kv_tokens // self._index.block_size or UNKNOWN_BLOCKS
-        self._limits[name] = blocks if info.prefix_caching else 0
+        limit = blocks if info.prefix_caching else 0
         if info.kv_events and info.kv_events == self._sources.get(name):
+            self._identities[name], self._limits[name] = info.identity, limit
             return  # who listens there sees the new start by itself
-        if listening := self._listening.pop(name, None):
-            listening.cancel()
-        self._index.leave(name)
+        self._forget(name)
+        self._identities[name], self._limits[name] = info.identity, limit
         self._index.join(name)
-        self._sources.pop(name, None)
         if info.kv_events:
             self._sources[name] = info.kv_events
             self._listening[name] = asyncio.create_task(self._listen(name, info.kv_events))
@@ -61,6 +62,13 @@ class Holdings:
         for task in listening:
             task.cancel()
         await asyncio.gather(*listening, return_exceptions=True)
+
+    def _forget(self, name: str) -> None:
+        if listening := self._listening.pop(name, None):
+            listening.cancel()
+        self._index.leave(name)
+        for of_each in (self._identities, self._limits, self._sources):
+            of_each.pop(name, None)
 
     async def _listen(self, name: str, source: KvEventSource) -> None:
         async with KvEventSubscriber(EngineBlocks(self._index, name), source):

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Self
 
 import aiohttp
@@ -38,16 +39,28 @@ class Prober:
         self._session = session
         self._check_seconds = check_seconds
         self._probe_seconds = probe_seconds
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[Instance, asyncio.Task[None]] = {}
+        self._unsubscribe: Callable[[], None] = lambda: None
 
     async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._watch(instance)) for instance in self._pool]
+        self._unsubscribe = self._pool.subscribe(self._follow)
+        for instance in self._pool:
+            self._follow(instance)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
+        self._unsubscribe()
+        tasks = list(self._tasks.values())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _follow(self, instance: Instance) -> None:
+        if instance.removed:
+            if task := self._tasks.pop(instance, None):
+                task.cancel()
+        elif instance not in self._tasks:
+            self._tasks[instance] = asyncio.create_task(self._watch(instance))
 
     async def _watch(self, instance: Instance) -> None:
         clock = asyncio.get_running_loop().time

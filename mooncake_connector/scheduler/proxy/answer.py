@@ -8,6 +8,7 @@ import msgspec
 
 from mooncake_connector.errors import MooncakeError
 from mooncake_connector.scheduler.engines.base import told
+from mooncake_connector.scheduler.engines.pool import Lease
 from mooncake_connector.scheduler.policy.base import Rejected
 from mooncake_connector.scheduler.proxy.first_token import Early, Mismatch, Splice
 from mooncake_connector.scheduler.proxy.journey import Journey
@@ -64,6 +65,7 @@ class Answer:
     Attributes:
         transfer_id: names it to both engines' connectors; empty if decode serves alone.
         early: what `first` is, if it is prefill's first token.
+        taken: called when decode has what it needs of prefill, or the answer is closed; again is no harm.
         again: called if decode's stream does not go on from that: another stream from its beginning, which
             does; raises `DecodeFailed`.
     """
@@ -74,7 +76,7 @@ class Answer:
         reply: aiohttp.ClientResponse,
         first: bytes,
         streamed: bool,
-        release: Callable[[], None],
+        lease: Lease,
         timeline: Timeline,
         reading: asyncio.Task[bytes] | None = None,
         early: Early | None = None,
@@ -88,9 +90,10 @@ class Answer:
         self.streamed = streamed
         self.prefill: asyncio.Task[bytes] | None = None
         self.early = early
+        self.taken: Callable[[], None] = lambda: None
         self.again: Callable[[str], Awaitable[Answer]] | None = None
         self._reply = reply
-        self._release = release
+        self._lease = lease
         self._timeline = timeline
         self._reading = reading
         self._second: Answer | None = None
@@ -130,6 +133,7 @@ class Answer:
         try:
             if self._reading:
                 first = await self._reading
+                self.taken()
                 self._timeline.mark("decode_first")
                 self._counted(first)
                 yield first
@@ -138,6 +142,7 @@ class Answer:
                 yield chunk
             self._timeline.mark("decode_end")
         except BROKEN as error:
+            self._lease.failed(told(error))
             raise StreamBroken(f"decode {self.choice.decode} broke off: {told(error)}") from None
 
     def _counted(self, chunk: bytes) -> None:
@@ -146,7 +151,8 @@ class Answer:
 
     def close(self, *, whole: bool = False) -> None:
         """Let go of the engine; an answer that isn't at its end (`whole`) is aborted there."""
-        self._release()
+        self._lease.release()
+        self.taken()
         self._tell(whole and self.status == 200)
         if self._second:
             self._second.close(whole=whole)

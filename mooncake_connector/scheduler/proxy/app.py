@@ -150,8 +150,7 @@ class Proxy:
             if instance.info:
                 self._tokens.offer(instance.info.model)
 
-        for instance in self.pool:
-            instance.changed = follow
+        self.pool.subscribe(follow)
         clock = asyncio.get_running_loop().time
         self.metrics.registry.register(
             ConductorMetrics(

@@ -128,7 +128,7 @@ class _Refused(Exception):
 
 def possible(source: Instance, target: Instance) -> bool:
     """Whether the connectors' roles and the KV of both allow a copy."""
-    if not (source.info and target.info and source.up and target.up):
+    if not (source.info and target.info and source.usable and target.up):
         return False
     fits = source.info.group == target.info.group
     return fits and source.info.role != "kv_consumer" and target.info.role != "kv_producer"

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import aiohttp
 from aiohttp import hdrs
 
 from mooncake_connector.scheduler.engines.base import Engine, told
-from mooncake_connector.scheduler.engines.pool import Instance, Pool
+from mooncake_connector.scheduler.engines.pool import Instance, Lease, Pool
 from mooncake_connector.scheduler.policy.base import Placement
 from mooncake_connector.scheduler.proxy.answer import (
     BROKEN,
@@ -96,7 +96,8 @@ class Dispatcher:
         while True:
             try:
                 again = decode_failures + prefill_failures > 0
-                journey = await self._steering.place(asked.arrival, alone, avoid, again=again)
+                shunned = avoid | self._pool.shunned()
+                journey = await self._place(asked, alone, shunned, again=again)
             except NoDecode as error:
                 raise failure or error from None
             choice = journey.placement
@@ -160,16 +161,26 @@ class Dispatcher:
             found[side] = said.get("timeline", {})
         return found
 
+    async def _place(self, asked: Asked, alone: str, avoid: Collection[str], *, again: bool) -> Journey:
+        """See `Steering.place`; engines that were removed while the request waited are not taken."""
+        while True:
+            journey = await self._steering.place(asked.arrival, alone, avoid, again=again)
+            choice = journey.placement
+            if choice.decode in self._pool and (choice.prefill is None or choice.prefill in self._pool):
+                return journey
+            journey.over(None)
+
     async def _attempt(self, asked: Asked, journey: Journey, timeline: Timeline) -> Answer:
         choice, request = journey.placement, asked.request
         decode = self._pool[choice.decode]
         source = self._pool[choice.prefill] if choice.prefill else None
         transfer_id = uuid.uuid4().hex
-        release = decode.lease(asked.arrival.tokens)
+        lease = decode.lease(asked.arrival.tokens)
         prefill: asyncio.Task[bytes] | None = None
         opening: asyncio.Task[Answer] | None = None
         answer: Answer | None = None
         early: asyncio.Future[Early | None] | None = None
+        taken: Callable[[], None] = _nothing
         try:
             if decode.url in journey.avoided:
                 await asyncio.sleep(RETRY_PAUSE)
@@ -180,17 +191,22 @@ class Dispatcher:
                 wished = early is not None
                 params = self._engine.decode_params(source.info, transfer_id, first_token=wished)
                 body = self._engine.prefill_body(request, transfer_id, first_token=wished)
-                prefill = asyncio.create_task(self._prefill(source, asked, journey, body, timeline, early))
+                computing, taken = source.lease(asked.arrival.tokens), source.transfer()
+                prefill = asyncio.create_task(
+                    self._prefill(source, computing, asked, journey, body, timeline, early)
+                )
                 # A task that is cancelled before its first step runs no finally of its own.
-                prefill.add_done_callback(_ignoring_task(source.lease(asked.arrival.tokens)))
+                prefill.add_done_callback(_ignoring_task(computing.release))
                 if self._serial:
                     # A stream says nothing of its transfer, but then we know all that there is to say.
                     params = self._engine.prefill_params(await prefill) or (params if wished else None)
             body = self._engine.decode_body(request, params) if params else request.raw
             timeline.mark("decode_sent")
-            opening = asyncio.create_task(self._open(asked, journey, body, release, timeline, early))
+            opening = asyncio.create_task(self._open(asked, journey, body, lease, timeline, early))
             answer = await _first(prefill, opening)
-            answer.prefill = prefill
+            answer.prefill, answer.taken = prefill, taken
+            if not answer.early:
+                taken()
             answer.transfer_id = transfer_id if params else ""
             answer.again = partial(self._again, asked, answer, timeline)
             if early:
@@ -198,14 +214,15 @@ class Dispatcher:
             return answer
         finally:
             if answer is None:
+                taken()
+                # Nothing is waited for before this: whoever is cancelled may be cancelled again.
+                lease.release()
+                journey.over(None)
+                if opening:
+                    opening.add_done_callback(_unwanted)
+                    opening.cancel()
                 if prefill:
                     await _cancelled(prefill)
-                if opening:
-                    await _cancelled(opening)
-                    if not opening.cancelled() and not opening.exception():
-                        opening.result().close()
-                release()
-                journey.over(None)
                 if source and prefill and not _failed(prefill):
                     release_it = self._aside.release(source.url, request, asked.headers, transfer_id)
                     self._keep(asyncio.create_task(release_it))
@@ -222,21 +239,22 @@ class Dispatcher:
             raise DecodeFailed(f"prefill {source} can't tell which token that was")
         try:
             avoid = {answer.choice.decode}
-            journey = await self._steering.place(asked.arrival, "decode_failed", avoid, again=True)
+            journey = await self._place(asked, "decode_failed", avoid, again=True)
         except (NoDecode, Overloaded) as error:
             raise DecodeFailed(str(error)) from None
-        release = self._pool[journey.placement.decode].lease(asked.arrival.tokens)
+        lease = self._pool[journey.placement.decode].lease(asked.arrival.tokens)
         body = self._engine.decode_body(asked.request, {"first_token": token})
         try:
-            return await self._open(asked, journey, body, release, timeline, None)
+            return await self._open(asked, journey, body, lease, timeline, None)
         except BaseException:
-            release()
+            lease.release()
             journey.over(None)
             raise
 
     async def _prefill(
         self,
         source: Instance,
+        lease: Lease,
         asked: Asked,
         journey: Journey,
         body: bytes,
@@ -245,7 +263,7 @@ class Dispatcher:
     ) -> bytes:
         url = source.url + asked.request.path
         try:
-            if copy := journey.placement.copy:
+            if (copy := journey.placement.copy) and copy.source in self._pool:
                 await self._copies.bring(self._pool[copy.source], source, asked, copy, journey.patience)
             else:
                 await self._copies.join(source, asked, journey.patience)
@@ -253,16 +271,18 @@ class Dispatcher:
             timeline.mark("prefill_sent")
             async with self._session.post(url, data=body, headers=asked.headers) as reply:
                 if early and reply.content_type == EVENTS:
-                    await self._read_early(source, reply, timeline, early)
+                    await self._read_early(source, lease, reply, timeline, early)
                 answer = await reply.read()
         except BROKEN as error:
-            source.suspect(told(error), gone=isinstance(error, UNREACHABLE))
+            lease.failed(told(error), gone=isinstance(error, UNREACHABLE))
             raise PrefillFailed(f"prefill {source.url} failed: {told(error)}") from None
         finally:
             if early and not early.done():
                 early.set_result(None)
         if reply.status >= 500:
-            source.suspect(f"answered {reply.status}")
+            lease.failed(f"answered {reply.status}")
+        else:
+            lease.served()
         if reply.status >= 400:
             said = answer[:200].decode(errors="replace")
             refused = reply.status < 500
@@ -276,6 +296,7 @@ class Dispatcher:
     async def _read_early(
         self,
         source: Instance,
+        lease: Lease,
         reply: aiohttp.ClientResponse,
         timeline: Timeline,
         early: asyncio.Future[Early | None],
@@ -284,6 +305,8 @@ class Dispatcher:
         async for chunk in reply.content.iter_any():
             for event in events.feed(chunk):
                 if failed := self._engine.stream_failure(event):
+                    if failed[0] >= 500:
+                        lease.failed(f"answered {failed[0]}")
                     said = failed[1][:200].decode(errors="replace")
                     raise PrefillFailed(f"prefill {source.url} failed: {said}", refused=failed[0] < 500)
                 if (found := reader.feed(event)) and not early.done():
@@ -295,7 +318,7 @@ class Dispatcher:
         asked: Asked,
         journey: Journey,
         body: bytes,
-        release: Callable[[], None],
+        lease: Lease,
         timeline: Timeline,
         early: asyncio.Future[Early | None] | None,
     ) -> Answer:
@@ -315,24 +338,26 @@ class Dispatcher:
                 if not reading.done() and (known := early.result()):
                     opened = True
                     journey.first_token()
-                    return Answer(journey, reply, known.events, True, release, timeline, reading, known)
+                    return Answer(journey, reply, known.events, True, lease, timeline, reading, known)
             first = await (reading or (reply.content.readany() if streamed else reply.read()))
             timeline.mark("decode_first")
             said = Reply(reply.status, reply.headers, first)
             if streamed and (failed := self._engine.stream_failure(first)):
                 said = Reply(failed[0], {hdrs.CONTENT_TYPE: "application/json"}, failed[1])
             if said.status >= 500:
-                decode.suspect(f"answered {said.status}")
+                lease.failed(f"answered {said.status}")
                 shown = said.body[:200].decode(errors="replace")
                 raise DecodeFailed(f"decode {decode.url} answered {said.status}: {shown}", said)
             if streamed and not first:
+                lease.failed("ended its stream before the first byte")
                 raise DecodeFailed(f"decode {decode.url} ended its stream before the first byte")
             opened = True
+            lease.served()
             if streamed:
                 journey.first_token()
-            return Answer(journey, reply, first, streamed, release, timeline)
+            return Answer(journey, reply, first, streamed, lease, timeline)
         except BROKEN as error:
-            decode.suspect(told(error), gone=isinstance(error, UNREACHABLE))
+            lease.failed(told(error), gone=isinstance(error, UNREACHABLE))
             raise DecodeFailed(f"decode {decode.url} failed: {told(error)}") from None
         finally:
             if reply and not opened:
@@ -380,6 +405,16 @@ def _both(prefill: Instance, decode: Instance) -> bool:
 def _failed(prefill: asyncio.Task[bytes]) -> bool:
     """Whether prefill ended with a failure: it holds nothing then."""
     return not prefill.cancelled() and isinstance(prefill.exception(), PrefillFailed)
+
+
+def _unwanted(opening: asyncio.Task[Answer]) -> None:
+    """An answer that came just when it was given up is closed."""
+    if not opening.cancelled() and not opening.exception():
+        opening.result().close()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _ignoring_task(done: Callable[[], None]) -> Callable[[object], None]:

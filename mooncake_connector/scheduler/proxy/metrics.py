@@ -1,17 +1,15 @@
 """The proxy's Prometheus metrics, in a registry of their own."""
 
-from collections.abc import Callable
-from functools import partial
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-
-from mooncake_connector.scheduler.engines.pool import Instance, Pool
+from mooncake_connector.scheduler.engines.pool import Pool
+from mooncake_connector.scheduler.proxy.pool_metrics import PoolMetrics
 
 SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
 
 
 class ProxyMetrics:
-    """Counters the handlers move, and gauges read from the pool when scraped."""
+    """Counters the handlers move, and what `PoolMetrics` reads from the pool when scraped."""
 
     def __init__(self, pool: Pool) -> None:
         self.registry = CollectorRegistry()
@@ -91,17 +89,7 @@ class ProxyMetrics:
         self.copied_tokens = Counter(
             "mooncake_proxy_copied_tokens", "Prompt tokens copied between engines.", registry=self.registry
         )
-        self._gauge("inflight", "Requests in flight.", pool, lambda instance: instance.requests)
-        self._gauge(
-            "inflight_tokens", "Estimated prompt tokens in flight.", pool, lambda instance: instance.tokens
-        )
-        self._gauge("engine_up", "1 if the engine is usable.", pool, lambda instance: int(instance.up))
-        self._gauge("engine_restarts", "Restarts seen.", pool, lambda instance: instance.restarts)
-
-    def _gauge(self, name: str, text: str, pool: Pool, value: Callable[[Instance], float]) -> None:
-        gauge = Gauge(f"mooncake_proxy_{name}", text, ["side", "engine"], registry=self.registry)
-        for instance in pool:
-            gauge.labels(instance.side, instance.url).set_function(partial(value, instance))
+        self.registry.register(PoolMetrics(pool))
 
     def text(self) -> bytes:
         """The exposition format."""

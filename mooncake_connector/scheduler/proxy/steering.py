@@ -100,11 +100,11 @@ class Steering:
         return Journey(id, verdict, arrival.avoid, patience, self._conductor, self._clock, self._rearm)
 
     def follow(self, instance: Instance) -> None:
-        """An engine came, went, or came anew."""
+        """An engine came, went, came anew, or is drained: it is out of the books then, whatever it does."""
         now = self._clock()
         self._conductor.leave(instance.url, now)
         info = instance.info
-        if instance.up and info:
+        if instance.usable and info:
             found = base.Instance(
                 name=instance.url,
                 side=instance.side,
