@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import logging
 import os
 import sys
@@ -58,6 +59,12 @@ def _add_proxy(parser: argparse.ArgumentParser) -> None:
     add("--decode", metavar="URL", nargs="+", action="extend", help="decode engines")
     add("--host", help="address to listen on (127.0.0.1)")
     add("--port", help="port to listen on, 0 for a free one (8000)")
+    add("--tls-cert", metavar="FILE", help="certificate chain in PEM: clients speak HTTPS")
+    add("--tls-key", metavar="FILE", help="its private key in PEM")
+    add("--require-key", metavar="BOOL", help="true: only clients with an API key of some class (false)")
+    add("--admin-keys", metavar="SHA256", nargs="+", action="extend", help="hashes of the admin API's keys")
+    add("--admin-host", metavar="HOST", help="address that the admin API listens on (127.0.0.1)")
+    add("--admin-port", metavar="PORT", help="port that the admin API listens on (8001)")
     add("--order", help="concurrent (default): prefill and decode at once; serial: prefill first")
     add("--first-token", help="decode (default), or prefill: streams begin as soon as prefill has a token")
     add(
@@ -74,12 +81,20 @@ def _add_proxy(parser: argparse.ArgumentParser) -> None:
     add("--tenant-header", metavar="NAME", help="request header that names the tenant (the API key does)")
     add("--max-retries", metavar="N", help="further attempts while nothing was streamed (2)")
     add("--max-body-mib", metavar="N", help="largest request body (64)")
+    add("--max-header-kib", metavar="N", help="largest request line and header line (16)")
+    add("--max-connections", metavar="N", help="clients' connections at a time (10000)")
+    add("--header-seconds", metavar="S", help="how long a request's headers may take to come (20)")
+    add("--body-seconds", metavar="S", help="how long a request's body may take to come (60)")
+    add("--keepalive-seconds", metavar="S", help="how long a connection may be idle (75)")
     add("--check-seconds", metavar="S", help="pause between health checks (2)")
     add("--probe-seconds", metavar="S", help="pause between probes of an idle engine (30)")
     add("--probe-timeout", metavar="S", help="how long a probe may take (30)")
     add("--connect-timeout", metavar="S", help="how long connecting to an engine may take (5)")
     add("--drain-seconds", metavar="S", help="how long running answers may take after SIGTERM (30)")
     add("--log-level", help="debug, info, warning or error (info)")
+    add("--log-format", help="text (default), or json: an object a line")
+    add("--access-log", metavar="BOOL", help="false: no line for each request (true)")
+    add("--schema", action="store_true", help="print the JSON schema of the settings file, and end")
 
 
 def _add_topology(parser: argparse.ArgumentParser) -> None:
@@ -116,11 +131,15 @@ def _proxy(options: dict[str, object]) -> int:
     try:
         import uvloop
 
+        from mooncake_connector.scheduler.proxy import configuration
+        from mooncake_connector.scheduler.proxy.schema import settings_schema
         from mooncake_connector.scheduler.proxy.serve import serve
-        from mooncake_connector.scheduler.proxy.settings import ProxySettings
     except ImportError as error:
         return _missing(error, "proxy")
-    settings = ProxySettings.load(options, os.environ)
+    if options.pop("schema"):
+        print(json.dumps(settings_schema(), indent=2))
+        return 0
+    settings = configuration.load(options, os.environ)
     logging.basicConfig(
         level=settings.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",

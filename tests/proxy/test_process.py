@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from mooncake_connector.errors import ConfigError
-from mooncake_connector.scheduler.proxy.settings import ProxySettings
+from mooncake_connector.scheduler.proxy.configuration import load
 from tests.proxy.conftest import free_port
 from tests.proxy.fakes import MODEL, FakeEngine, events
 
@@ -141,7 +141,7 @@ def test_a_taken_port_is_named():
 )
 def test_wrong_settings_are_named_with_the_mend(options: dict, environ: dict[str, str], message: str):
     with pytest.raises(ConfigError) as raised:
-        ProxySettings.load(options, environ)
+        load(options, environ)
     assert message in str(raised.value)
 
 
@@ -152,7 +152,7 @@ def test_the_command_line_beats_the_environment():
         "MOONCAKE_PROXY_HOST": "::1",
         "MOONCAKE_PROXY_ENGINE_API_KEY": "secret",
     }
-    settings = ProxySettings.load({"decode": [D], "port": "82", "host": None, "order": "serial"}, environ)
+    settings = load({"decode": [D], "port": "82", "host": None, "order": "serial"}, environ)
     assert settings.prefill == ("http://e:1", "http://e:2")
     assert (settings.host, settings.port, settings.order) == ("::1", 82, "serial")
     assert settings.engine_api_key == "secret"

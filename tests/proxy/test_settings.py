@@ -7,6 +7,7 @@ import pytest
 
 from mooncake_connector.errors import ConfigError
 from mooncake_connector.scheduler.policy.base import Slo
+from mooncake_connector.scheduler.proxy import configuration
 from mooncake_connector.scheduler.proxy.settings import ProxySettings
 
 POOLS = "prefill: [http://p:1]\ndecode: http://d:2/\n"
@@ -28,7 +29,7 @@ def load(tmp_path: Path, text: str, options: dict[str, Any] | None = None, **env
     path = tmp_path / "proxy.yaml"
     path.write_text(text)
     environ = {f"MOONCAKE_PROXY_{name.upper()}": value for name, value in environ.items()}
-    return ProxySettings.load({"config": str(path), **(options or {})}, environ)
+    return configuration.load({"config": str(path), **(options or {})}, environ)
 
 
 def test_a_whole_file(tmp_path: Path):
@@ -55,14 +56,14 @@ def test_the_command_line_beats_the_environment_beats_the_file(tmp_path: Path):
 
 
 def test_without_a_file_everything_has_a_default():
-    settings = ProxySettings.load({"prefill": ["http://p:1"], "decode": ["http://d:2"]}, {})
+    settings = configuration.load({"prefill": ["http://p:1"], "decode": ["http://d:2"]}, {})
     assert (settings.scheduling.routing, settings.scheduling.admission) == ("conductor", "per_request")
     assert settings.fixed_slo == ()
 
 
 def test_the_environment_names_a_file(tmp_path: Path):
     (tmp_path / "a.yaml").write_text(POOLS + "min_prefill_tokens: 40\n")
-    settings = ProxySettings.load({}, {"MOONCAKE_PROXY_CONFIG": str(tmp_path / "a.yaml")})
+    settings = configuration.load({}, {"MOONCAKE_PROXY_CONFIG": str(tmp_path / "a.yaml")})
     assert settings.scheduling.min_prefill_tokens == 40
 
 
@@ -98,4 +99,4 @@ def test_what_is_wrong_is_named_with_the_mend(tmp_path: Path, text: str, message
 
 def test_a_file_that_is_not_there_is_named():
     with pytest.raises(ConfigError, match=r"--config .*can't read /nowhere.yaml: No such file"):
-        ProxySettings.load({"config": "/nowhere.yaml"}, {})
+        configuration.load({"config": "/nowhere.yaml"}, {})

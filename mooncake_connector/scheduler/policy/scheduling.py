@@ -14,6 +14,7 @@ class SloRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A promise to some of the requests.
 
     Attributes:
+        slo: the promise.
         model: of requests for this model; empty for all.
         service_class: of clients of this class; empty for all.
     """

@@ -1,20 +1,18 @@
-"""Every setting of the proxy: command line, MOONCAKE_PROXY_* environment, file, default; the first counts."""
+"""Every setting of the proxy, its default, and what it may be."""
 
-import difflib
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 
 from mooncake_connector.errors import ConfigError
+from mooncake_connector.scheduler.policy.base import Slo
 from mooncake_connector.scheduler.policy.scheduling import Scheduling
 
 PREFIX = "MOONCAKE_PROXY_"
-_sha256 = re.compile("[0-9a-f]{64}")
-LISTS = ("prefill", "decode")
+LISTS = ("prefill", "decode", "admin_keys")
 # Options that are a shorter way to set something in the section `scheduling`.
 SHORT = {
     "routing": ("routing",),
@@ -23,6 +21,34 @@ SHORT = {
     "slo_ttft": ("slo", "ttft"),
     "slo_tbt": ("slo", "tbt"),
 }
+# A command line is there for everybody on the machine to see.
+NO_OPTION = ("engine_api_key",)
+SECTIONS = ("scheduling", "classes")
+# What a reload can change; the rest is the process's for life.
+RELOADABLE = frozenset(
+    {
+        "prefill",
+        "decode",
+        "tls_cert",
+        "tls_key",
+        "require_key",
+        "admin_keys",
+        "max_body_mib",
+        "max_header_kib",
+        "max_connections",
+        "header_seconds",
+        "body_seconds",
+        "log_level",
+        "log_format",
+        "access_log",
+        "tenant_header",
+        "scheduling",
+        "classes",
+    }
+)
+# Noted by who reads the settings, not a setting of its own.
+DERIVED = ("fixed_slo",)
+_sha256 = re.compile("[0-9a-f]{64}")
 
 
 class ServiceClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,17 +73,31 @@ class ProxySettings(msgspec.Struct, frozen=True, kw_only=True):
         decode: base URLs of the decode engines.
         host: address to listen on.
         port: port to listen on; 0 takes a free one.
+        tls_cert: file with the certificate chain, PEM; clients then speak HTTPS, the admin API's too.
+        tls_key: file with the certificate's private key, PEM.
+        require_key: only clients with an API key of some class are served; the others get 401.
+        admin_keys: SHA-256 of the keys that open the admin API, in hexadecimal; without one there is none.
+        admin_host: address that the admin API listens on.
+        admin_port: port that the admin API listens on; 0 takes a free one.
         order: ``concurrent`` sends to prefill and decode at once; ``serial`` hands P's answer to D.
         first_token: ``decode`` sends it, or ``prefill`` where that is exact: earlier by the hand-over.
         max_retries: further decode attempts while nothing was streamed.
-        max_body_mib: largest request body, MiB.
+        max_body_mib: largest request body, MiB, once it is decompressed.
+        max_header_kib: largest request line and largest header line, KiB; of lines there may be 128.
+        max_connections: clients' connections at a time; more are told 503 and closed.
+        header_seconds: how long a request's headers, or a TLS handshake, may take to come.
+        body_seconds: how long a request's body may take to come.
+        keepalive_seconds: how long a connection may be idle between two requests.
         check_seconds: pause between two ``GET /health`` of one engine.
         probe_seconds: pause between two one-token probes of an idle engine.
         probe_timeout: how long a probe may take, seconds.
         connect_timeout: how long a TCP connect to an engine may take, seconds.
         drain_seconds: how long running answers may take after SIGTERM.
-        engine_api_key: sent with the proxy's own probes, for engines started with ``--api-key``.
+        engine_api_key: for engines started with ``--api-key``: sent with the proxy's own probes, and with
+            `require_key` in place of the client's key.
         log_level: ``debug``, ``info``, ``warning`` or ``error``.
+        log_format: ``text``, or ``json``: an object a line.
+        access_log: whether each request is a line in the log.
         tokenizer: folder of the model's tokenizer; empty: the engines' model, if it is a folder here.
         tenant_header: whose value names the tenant; empty: the API key does. Only for a gateway in front
             that sets it: clients could claim to be anybody.
@@ -71,10 +111,21 @@ class ProxySettings(msgspec.Struct, frozen=True, kw_only=True):
     decode: tuple[str, ...]
     host: str = "127.0.0.1"
     port: int = 8000
+    tls_cert: str = ""
+    tls_key: str = ""
+    require_key: bool = False
+    admin_keys: tuple[str, ...] = ()
+    admin_host: str = "127.0.0.1"
+    admin_port: int = 8001
     order: Literal["concurrent", "serial"] = "concurrent"
     first_token: Literal["decode", "prefill"] = "decode"
     max_retries: int = 2
     max_body_mib: int = 64
+    max_header_kib: int = 16
+    max_connections: int = 10000
+    header_seconds: float = 20.0
+    body_seconds: float = 60.0
+    keepalive_seconds: float = 75.0
     check_seconds: float = 2.0
     probe_seconds: float = 30.0
     probe_timeout: float = 30.0
@@ -82,6 +133,8 @@ class ProxySettings(msgspec.Struct, frozen=True, kw_only=True):
     drain_seconds: float = 30.0
     engine_api_key: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    access_log: bool = True
     tokenizer: str = ""
     tenant_header: str = ""
     scheduling: Scheduling = Scheduling()
@@ -89,179 +142,140 @@ class ProxySettings(msgspec.Struct, frozen=True, kw_only=True):
     classes: dict[str, ServiceClass] = {}
 
     def __post_init__(self) -> None:
-        for name in LISTS:
-            urls: tuple[str, ...] = getattr(self, name)
-            if not urls:
-                raise ConfigError(
-                    f"{_spelled(name)} is missing: name at least one {name} engine, "
-                    f"such as --{name} http://127.0.0.1:8100"
-                )
-            for url in urls:
-                _check_url(name, url)
-            twice = sorted({url for url in urls if urls.count(url) > 1})
-            if twice:
-                raise ConfigError(
-                    f"{_spelled(name)} names {', '.join(twice)} more than once: name each engine once"
-                )
-        both = sorted(set(self.prefill) & set(self.decode))
-        if both:
-            raise ConfigError(
-                f"{', '.join(both)} is both --prefill and --decode: an engine can't push to itself; "
-                "put it in one pool"
-            )
-        _check_range("port", self.port, 0, 65535)
-        _check_range("max_retries", self.max_retries, 0, 10)
-        _check_range("max_body_mib", self.max_body_mib, 1, 4096)
-        for name in ("check_seconds", "probe_seconds", "probe_timeout", "connect_timeout"):
-            _check_range(name, getattr(self, name), 0.01, None)
-        _check_range("drain_seconds", self.drain_seconds, 0, None)
-        _check_scheduling(self.scheduling, self.classes)
-
-    @classmethod
-    def load(cls, options: Mapping[str, Any], environ: Mapping[str, str]) -> Self:
-        """Settings from parsed options (None: not given) over the environment over a file.
-
-        The file is the option ``config`` or ``MOONCAKE_PROXY_CONFIG``: YAML, this struct's fields at its top.
-
-        Raises:
-            ConfigError: a value is missing, unknown or out of range, or the file can't be read.
-        """
-        given = {name: value for name, value in options.items() if value is not None}
-        path = given.pop("config", None) or environ.get(f"{PREFIX}CONFIG", "")
-        values = _read(str(path)) if path else {}
-        for name in (*cls.__struct_fields__, *SHORT):
-            spelled = environ.get(PREFIX + name.upper())
-            if spelled is not None:
-                values[name] = [item for item in spelled.split(",") if item] if name in LISTS else spelled
-        values |= given
-        for name in LISTS:
-            urls = values.get(name, ())
-            values[name] = [
-                str(url).strip().rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)
-            ]
-        _unfold(values)
-        for name in values:
-            if name not in cls.__struct_fields__:
-                near = difflib.get_close_matches(name, [*cls.__struct_fields__, *SHORT], 1)
-                mend = f": did you mean {near[0]}?" if near else ""
-                raise ConfigError(f"unknown proxy setting {name!r}{mend}")
-        for name, value in values.items():
-            try:
-                values[name] = msgspec.convert(value, _types()[name], strict=False)
-            except msgspec.ValidationError as error:
-                raise ConfigError(_explained(name, value, str(error))) from None
-        return cls(**values)
+        _check_pools(self)
+        _check_ranges("", self)
+        _check_ranges("scheduling.", self.scheduling)
+        _check_ranges("scheduling.slo.", self.scheduling.slo)
+        for at, rule in enumerate(self.scheduling.slos):
+            _check_ranges(f"scheduling.slos[{at}].slo.", rule.slo)
+        for name, found in self.classes.items():
+            _check_ranges(f"classes.{name}.", found)
+        _check_classes(self)
+        if bool(self.tls_cert) != bool(self.tls_key):
+            missing, given = ("tls_cert", "tls_key") if self.tls_key else ("tls_key", "tls_cert")
+            raise ConfigError(f"{spelled(missing)} is missing: {spelled(given)} needs it")
 
 
-def _read(path: str) -> dict[str, Any]:
-    try:
-        found = msgspec.yaml.decode(Path(path).read_bytes())
-    except OSError as error:
-        raise ConfigError(f"--config ({PREFIX}CONFIG): can't read {path}: {error.strerror}") from None
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"--config ({PREFIX}CONFIG): {path} is no YAML: {error}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(
-            f"--config ({PREFIX}CONFIG): {path} must be a mapping: one setting a line, `port: 8000`"
-        )
-    return found
+Range = tuple[float, float | None]
+RANGES: Mapping[type[msgspec.Struct], Mapping[str, Range]] = {
+    ProxySettings: {
+        "port": (0, 65535),
+        "admin_port": (0, 65535),
+        "max_retries": (0, 10),
+        "max_body_mib": (1, 4096),
+        "max_header_kib": (1, 1024),
+        "max_connections": (1, None),
+        "header_seconds": (0.01, None),
+        "body_seconds": (0.01, None),
+        "keepalive_seconds": (0.01, None),
+        "check_seconds": (0.01, None),
+        "probe_seconds": (0.01, None),
+        "probe_timeout": (0.01, None),
+        "connect_timeout": (0.01, None),
+        "drain_seconds": (0, None),
+    },
+    Scheduling: {
+        "min_prefill_tokens": (0, None),
+        "replication_threshold": (1, None),
+        "emergency_seconds": (0.01, None),
+        "emergency_kv": (0.01, None),
+        "reserve": (0, 1),
+        "caution": (0, None),
+        "favour_cheap": (0, 1),
+    },
+    Slo: {"ttft": (0.001, None), "ttft_per_1k_tokens": (0, None), "tbt": (0.0001, None)},
+    ServiceClass: {"priority": (-1000, 1000), "max_priority": (-1000, 1000)},
+}
 
 
-def _unfold(values: dict[str, Any]) -> None:
-    """Move what has a short option to its place in `scheduling`, and note which SLOs were given."""
-    scheduling = values["scheduling"] = values.get("scheduling") or {}
-    if not isinstance(scheduling, dict):
-        raise ConfigError(
-            f"scheduling can't be {scheduling!r}: give it settings of its own, `routing: conductor`"
-        )
-    for name, (key, *rest) in SHORT.items():
-        if name not in values:
-            continue
-        value = values.pop(name)
-        if not rest:
-            scheduling[key] = value
-            continue
-        inner = scheduling[key] = scheduling.get(key) or {}
-        if isinstance(inner, dict):
-            inner[rest[0]] = value
-    slo = scheduling.get("slo")
-    values["fixed_slo"] = [name for name in ("ttft", "tbt") if isinstance(slo, dict) and name in slo]
-
-
-def _types() -> dict[str, Any]:
-    return {field.name: field.type for field in msgspec.structs.fields(ProxySettings)}
-
-
-def _spelled(name: str) -> str:
+def spelled(name: str) -> str:
     """A setting as the user can give it: by option and variable, or in the file alone."""
     for short, path in SHORT.items():
         if name == ".".join(("scheduling", *path)):
             name = short
-    if "." in name or name in ("scheduling", "classes"):
+    if "." in name or name in SECTIONS:
         return f"{name} in --config"
-    return f"--{name.replace('_', '-')} ({PREFIX}{name.upper()})"
+    variable = PREFIX + name.upper()
+    return variable if name in NO_OPTION else f"--{name.replace('_', '-')} ({variable})"
 
 
-def _explained(name: str, value: Any, error: str) -> str:
-    """What msgspec says of a value, with the whole way to it, and with the choices if there are some."""
-    said, _, at = error.partition(" - at `$")
-    # It does not name the keys of a mapping.
-    keys = [key for key in at.rstrip("`").replace("[...]", ".*").split(".") if key]
-    kind: Any = _types()[name]
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-        fields = (
-            {field.name: field.type for field in msgspec.structs.fields(kind)} if _is_struct(kind) else {}
-        )
-        kind = fields.get(key)
-    choices = [choice for choice in get_args(kind) if isinstance(choice, str)]
-    mend = f"choose {' or '.join(choices)}" if choices else said
-    wrong = "is wrong" if value is None else f"can't be {value!r}"
-    return f"{_spelled('.'.join((name, *keys)))} {wrong}: {mend}"
-
-
-def _is_struct(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
-
-
-def _check_scheduling(settings: Scheduling, classes: Mapping[str, ServiceClass]) -> None:
-    _check_range("scheduling.min_prefill_tokens", settings.min_prefill_tokens, 0, None)
-    _check_range("scheduling.replication_threshold", settings.replication_threshold, 1, None)
-    for name in ("emergency_seconds", "emergency_kv"):
-        _check_range(f"scheduling.{name}", getattr(settings, name), 0.01, None)
-    promised = {"slo": settings.slo} | {f"slos[{at}].slo": rule.slo for at, rule in enumerate(settings.slos)}
-    for where, slo in promised.items():
-        _check_range(f"scheduling.{where}.ttft", slo.ttft, 0.001, None)
-        _check_range(f"scheduling.{where}.ttft_per_1k_tokens", slo.ttft_per_1k_tokens, 0, None)
-        _check_range(f"scheduling.{where}.tbt", slo.tbt, 0.0001, None)
-    for at, rule in enumerate(settings.slos):
-        if rule.service_class and rule.service_class not in classes:
+def _check_pools(settings: ProxySettings) -> None:
+    for name in ("prefill", "decode"):
+        urls: tuple[str, ...] = getattr(settings, name)
+        if not urls:
             raise ConfigError(
-                f"scheduling.slos[{at}].service_class in --config names {rule.service_class!r}: "
-                "define it under classes, with the api_keys that belong to it"
+                f"{spelled(name)} is missing: name at least one {name} engine, "
+                f"such as --{name} http://127.0.0.1:8100"
             )
-    for name, found in classes.items():
-        for key in found.api_keys:
-            if not _sha256.fullmatch(key):
-                raise ConfigError(
-                    f"classes.{name}.api_keys in --config has {key!r}: give the key's SHA-256 in lower-case "
-                    "hexadecimal, printf %s KEY | sha256sum"
-                )
+        for url in urls:
+            check_url(spelled(name), url)
+        twice = sorted({url for url in urls if urls.count(url) > 1})
+        if twice:
+            raise ConfigError(
+                f"{spelled(name)} names {', '.join(twice)} more than once: name each engine once"
+            )
+    both = sorted(set(settings.prefill) & set(settings.decode))
+    if both:
+        raise ConfigError(
+            f"{', '.join(both)} is both --prefill and --decode: an engine can't push to itself; "
+            "put it in one pool"
+        )
 
 
-def _check_range(name: str, value: float, low: float, high: float | None) -> None:
-    if value < low or (high is not None and value > high):
-        span = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ConfigError(f"{_spelled(name)} is {value}: it must be {span}")
+def check_url(name: str, url: str) -> None:
+    """Whether an engine can be at `url`.
 
-
-def _check_url(name: str, url: str) -> None:
+    Raises:
+        ConfigError: no; `name` is who said so.
+    """
     try:
         parts = urlsplit(url)
         fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         fine = False
+    if fine and "@" in parts.netloc:
+        raise ConfigError(
+            f"{name}: leave user and password out of the engine URL at {parts.netloc.rpartition('@')[2]}; "
+            f"a key for the engines goes into {PREFIX}ENGINE_API_KEY"
+        )
     if not fine or parts.query or parts.fragment:
-        raise ConfigError(f"{_spelled(name)}: {url!r} is no engine URL; write it as http://HOST:PORT")
+        raise ConfigError(f"{name}: {url!r} is no engine URL; write it as http://HOST:PORT")
     if parts.path.rstrip("/").endswith("/v1"):
-        raise ConfigError(f"{_spelled(name)}: leave /v1 out of {url!r}; the proxy adds the path itself")
+        raise ConfigError(f"{name}: leave /v1 out of {url!r}; the proxy adds the path itself")
+
+
+def _check_ranges(where: str, found: msgspec.Struct) -> None:
+    for name, (low, high) in RANGES[type(found)].items():
+        value: Any = getattr(found, name)
+        if value is None or (value >= low and (high is None or value <= high)):
+            continue
+        span = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ConfigError(f"{spelled(where + name)} is {value}: it must be {span}")
+
+
+def _check_classes(settings: ProxySettings) -> None:
+    # What is no hash may be the key itself: it is not repeated.
+    mend = "give the key's SHA-256 in lower-case hexadecimal, printf %s KEY | sha256sum"
+    for at, key in enumerate(settings.admin_keys):
+        if not _sha256.fullmatch(key):
+            raise ConfigError(f"{spelled('admin_keys')}: number {at + 1} is no SHA-256: {mend}")
+    owner: dict[str, str] = {}
+    for name, found in settings.classes.items():
+        for at, key in enumerate(found.api_keys):
+            if not _sha256.fullmatch(key):
+                raise ConfigError(f"classes.{name}.api_keys[{at}] in --config is no SHA-256: {mend}")
+            if owner.setdefault(key, name) != name:
+                raise ConfigError(
+                    f"classes.{name}.api_keys[{at}] in --config is in classes.{owner[key]}, too: "
+                    "a key has one class"
+                )
+    if settings.require_key and not owner:
+        raise ConfigError(
+            f"{spelled('require_key')} is on, but no class has a key: put api_keys under classes in --config"
+        )
+    for at, rule in enumerate(settings.scheduling.slos):
+        if rule.service_class and rule.service_class not in settings.classes:
+            raise ConfigError(
+                f"scheduling.slos[{at}].service_class in --config names {rule.service_class!r}: "
+                "define it under classes, with the api_keys that belong to it"
+            )
