@@ -18,7 +18,7 @@ PATHS = ("cuda_ipc", "process_vm", "rdma", "tcp")
 """Ways for the bytes, the preferred first."""
 
 
-CUDA_COPIES = ("auto", "kernel", "copy_engine", "patient")
+CUDA_COPIES = ("auto", "kernel", "copy_engine")
 
 
 class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -35,9 +35,6 @@ class TransferConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         rdma_qps: queue pairs per pair of NICs.
         cuda_sms: multiprocessors that cuda_ipc takes from the model while it copies scattered pages.
         cuda_copy: ``auto`` leaves long ranges to copy engines; ``kernel`` and ``copy_engine`` force one.
-            ``patient`` (an experiment, not measured yet) leaves to them all that is pushed while the model
-            still computes it, so that the kernel displaces none of the model's; a fence then waits for the
-            steps that were under way.
         topology: JSON file of preferred and secondary NICs per memory location; empty: by distance.
     """
 

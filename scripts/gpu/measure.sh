@@ -22,7 +22,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python=${MOONCAKE_TEST_PYTHON:-python3}
 extra=${EXTRA:-"{}"}
 label=${LABEL:+-$LABEL}
-variants=${VARIANTS:-'[{},{"cuda_copy":"copy_engine"},{"cuda_copy":"patient"},{"cuda_sms":4},{"cuda_sms":1},
+variants=${VARIANTS:-'[{},{"cuda_copy":"copy_engine"},{"cuda_sms":4},{"cuda_sms":1},
   {"priority":"low"},{"threads":256,"cuda_sms":48},{"push_bytes":1099511627776}]'}
 
 commit=$(cat COMMIT 2>/dev/null || git rev-parse --short HEAD 2>/dev/null || echo unknown)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.gpu.conftest import EXPANDABLE, only
-from tests.gpu.half import COPY, GUARD, Half
+from tests.gpu.half import GUARD, Half
 from tests.gpu.processes import Environment, Process, Processes
 from tests.gpu.ranges import Copies, Shape, scattered, tiles
 
@@ -39,16 +39,13 @@ ONE = Where("cuda:0", "cuda:0")
 TWO = Where("cuda:0", "cuda:1")
 BACK = Where("cuda:1", "cuda:0")
 APART = Where("cuda:0", "cuda:0", environments=(only(0), only(1)))
-PATIENT = Where("cuda:0", "cuda:1", environments=(((COPY, "patient"),), ()))
 
 PLACES = [
     pytest.param(HOST, id="host memory by tcp", marks=pytest.mark.gpus(0)),
     pytest.param(ONE, id="one GPU", marks=pytest.mark.gpus(1)),
     pytest.param(TWO, id="two GPUs", marks=pytest.mark.gpus(2)),
 ]
-PATIENT_PLACE = pytest.param(PATIENT, id="patient", marks=pytest.mark.gpus(2))
 KINDS = [
-    PATIENT_PLACE,
     pytest.param(BACK, id="the other way", marks=pytest.mark.gpus(2)),
     pytest.param(APART, id="each sees one GPU", marks=pytest.mark.gpus(2)),
     pytest.param(
@@ -227,7 +224,7 @@ def test_read(processes: Processes, where: Where) -> None:
     assert not initiator.call("wrong", seed=6, copies=[copied])
 
 
-@pytest.mark.parametrize("where", [*PLACES[1:], PATIENT_PLACE])
+@pytest.mark.parametrize("where", PLACES[1:])
 def test_data_that_a_stream_has_yet_to_write(processes: Processes, where: Where) -> None:
     """`CopyPlan.after`: the copy sees what the stream wrote before its event, and no thread waits for it."""
     nbytes = 64 * MIB

@@ -9,7 +9,7 @@ import pytest
 from tests.gpu.half import GUARD, Half
 from tests.gpu.processes import Process, Processes
 from tests.gpu.ranges import Copies, scattered
-from tests.gpu.test_cuda_ipc import MIB, PATIENT_PLACE, PLACES, Where
+from tests.gpu.test_cuda_ipc import MIB, PLACES, Where
 
 GIB = 1 << 30
 HELD = 20 * GIB
@@ -101,7 +101,7 @@ def test_fenced_while_the_initiator_is_stopped(processes: Processes, where: Wher
     assert_writes(initiator, target, "again", size_of(where))
 
 
-@pytest.mark.parametrize("where", [*PLACES[1:], PATIENT_PLACE])
+@pytest.mark.parametrize("where", PLACES[1:])
 @pytest.mark.parametrize("kind", ["pages", "long ranges"])
 def test_fenced_before_its_data_is_there(processes: Processes, where: Where, kind: str) -> None:
     """A copy waits on the GPU for an event; it is fenced, then the event happens."""

@@ -12,11 +12,11 @@ import pytest
 from mooncake_connector.config import TransferConfig
 from mooncake_connector.errors import ConfigError
 from mooncake_connector.kv_transfer.memory import Ranges
-from mooncake_connector.kv_transfer.plan import CopyPlan, Event, Tile
+from mooncake_connector.kv_transfer.plan import CopyPlan, Tile
 from mooncake_connector.kv_transfer.transport.base import Failure
 from mooncake_connector.kv_transfer.transport.cuda import gate, rail
 from mooncake_connector.kv_transfer.transport.cuda.gate import Gate, Visitor
-from mooncake_connector.kv_transfer.transport.cuda.rail import PATIENT_RANGES, CopyPolicy, CudaRail
+from mooncake_connector.kv_transfer.transport.cuda.rail import CopyPolicy, CudaRail
 from tests.unit.fake_gpu import FakeEvent, FakeGpu, FakeStream
 
 KEY, PAGE, PAGES = 5, 4096, 300
@@ -129,8 +129,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 @pytest.fixture
-def patient(driver: Driver) -> Iterator[Writes]:
-    writes = Writes(driver, CopyPolicy("patient"))
+def engines(driver: Driver) -> Iterator[Writes]:
+    writes = Writes(driver, CopyPolicy("copy_engine"))
     yield writes
     writes.rail.close()
     assert driver.left.wait(5)
@@ -143,69 +143,37 @@ def event(driver: Driver, *, happened: bool) -> FakeEvent:
     return made
 
 
-def test_while_the_model_computes_copy_engines_move_and_then_the_kernel(
-    driver: Driver, patient: Writes
-) -> None:
-    layer = event(driver, happened=False)
-    patient.write(event(driver, happened=True), layer)
-    assert driver.gpu.launches == []
-    whole, rest = divmod(PAGES, PATIENT_RANGES)
-    assert driver.gpu.batches == [PATIENT_RANGES] * whole + [rest]
-    assert not driver.moved
-    layer.happened.set()
-    assert patient.wait() is None
-    assert driver.moved
-    driver.gpu.memory[HALF:] = 0
-    patient.write(layer)
-    assert patient.wait() is None
-    assert driver.moved
-    assert driver.gpu.launches == [PAGES]
-
-
-def test_long_ranges_are_left_to_copy_engines_either_way(driver: Driver) -> None:
-    policy = CopyPolicy("patient")
-    done = event(driver, happened=True)
+def test_long_ranges_are_left_to_copy_engines() -> None:
+    policy = CopyPolicy()
     one = np.array([1 << 20], np.uint64)
-    assert not policy.takes_kernel(CopyPlan(one, one, one, after=(done,)), 1 << 20)
-    assert policy.takes_kernel(CopyPlan(one, one, one, after=(done,)), (1 << 20) - 1)
-    pending: tuple[Event, ...] = (event(driver, happened=False),)
-    assert policy.takes_kernel(CopyPlan(one, one, one, Tile(2, 2, 4, 8, 4, 40, 8), pending), 64)
+    assert not policy.takes_kernel(CopyPlan(one, one, one), 1 << 20)
+    assert policy.takes_kernel(CopyPlan(one, one, one), (1 << 20) - 1)
+    for copy in ("auto", "copy_engine"):  # copy engines know no tiles
+        assert CopyPolicy(copy).takes_kernel(CopyPlan(one, one, one, Tile(2, 2, 4, 8, 4, 40, 8)), 64)
 
 
-def test_a_fence_waits_for_copies_that_wait_for_the_model(driver: Driver, patient: Writes) -> None:
+def test_a_fence_waits_for_copies_that_wait_for_the_model(driver: Driver, engines: Writes) -> None:
     layer = event(driver, happened=False)
-    patient.write(layer)
-    patient.gate.shut(KEY)
-    inside = patient.gate.inside()
+    engines.write(layer)
+    engines.gate.shut(KEY)
+    inside = engines.gate.inside()
     assert not inside.left()
     layer.happened.set()
-    assert patient.wait() is None
+    assert engines.wait() is None
     assert inside.left()
     driver.gpu.memory[HALF:] = 9
     later = event(driver, happened=False)
     for after in (later, event(driver, happened=True)):
-        patient.write(after)
-        ended = patient.wait()
+        engines.write(after)
+        ended = engines.wait()
         assert ended is not None
         assert "took its grant back" in ended.reason
     later.happened.set()
     assert (driver.gpu.memory[HALF:] == 9).all()
 
 
-def test_what_was_written_while_the_model_computed_lands_first(driver: Driver, patient: Writes) -> None:
-    """One stream: the kernel of a later write does not overtake the copies of an earlier one."""
-    layer = event(driver, happened=False)
-    patient.write(layer)
-    patient.write(event(driver, happened=True))
-    assert driver.gpu.launches == [PAGES]
-    assert not driver.moved
-    layer.happened.set()
-    assert [patient.wait(), patient.wait()] == [None, None]
-    assert driver.moved
-
-
 @pytest.mark.parametrize(("copy", "kernel"), [("auto", True), ("kernel", True), ("copy_engine", False)])
-def test_other_policies_do_not_look_at_the_model(driver: Driver, copy: str, kernel: bool) -> None:
+def test_which_way_a_write_goes_and_what_it_waits_for(driver: Driver, copy: str, kernel: bool) -> None:
     writes = Writes(driver, CopyPolicy(copy))
     layer = event(driver, happened=False)
     writes.write(layer)
@@ -219,6 +187,6 @@ def test_other_policies_do_not_look_at_the_model(driver: Driver, copy: str, kern
 
 
 def test_unknown_policies_are_refused() -> None:
-    assert TransferConfig(cuda_copy="patient").cuda_copy == "patient"
-    with pytest.raises(ConfigError, match="patient"):
-        TransferConfig(cuda_copy="impatient")
+    assert TransferConfig(cuda_copy="copy_engine").cuda_copy == "copy_engine"
+    with pytest.raises(ConfigError, match="copy_engine"):
+        TransferConfig(cuda_copy="patient")

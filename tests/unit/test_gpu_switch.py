@@ -56,10 +56,10 @@ def test_what_is_not_named_is_as_it_came(kept: Kept) -> None:
     end, rail, gone = End(), Rail(), Rail()
     gone._down = "broken"
     first = rail._stream
-    settings = {"cuda_copy": "patient", "push_bytes": 1, "priority": "low", "threads": 256}
+    settings = {"cuda_copy": "copy_engine", "push_bytes": 1, "priority": "low", "threads": 256}
     assert use(kept, settings) == {"rails": 1, "ends": 1}
-    assert (rail._policy, rail._stream.urgent) == (CopyPolicy("patient", 12), False)
-    assert (end._config.push_bytes, end._config.cuda_copy, kernel.THREADS) == (1, "patient", 256)
+    assert (rail._policy, rail._stream.urgent) == (CopyPolicy("copy_engine", 12), False)
+    assert (end._config.push_bytes, end._config.cuda_copy, kernel.THREADS) == (1, "copy_engine", 256)
     assert gone._policy.copy == "auto"
     use(kept, {"cuda_sms": 4})
     assert (rail._policy, rail._stream) == (CopyPolicy("auto", 4), first)
@@ -67,7 +67,7 @@ def test_what_is_not_named_is_as_it_came(kept: Kept) -> None:
 
 
 def test_settings_are_known_before_anything_starts() -> None:
-    assert parse('[{}, {"cuda_copy": "patient", "threads": 512}]')[1]["threads"] == 512
+    assert parse('[{}, {"cuda_copy": "copy_engine", "threads": 512}]')[1]["threads"] == 512
     for wrong in ("{}", "[1]", "nothing", '[{"cuda_smss": 1}]'):
         with pytest.raises(argparse.ArgumentTypeError):
             parse(wrong)

@@ -41,9 +41,6 @@ COPY_ENGINE_BYTES = 1 << 20
 """From this mean length of ranges on copy engines are as fast as the kernel, and leave the multiprocessors
 to the model."""
 
-PATIENT_RANGES = 128
-"""Of one batch of a patient write: what the model launches meanwhile need not wait for the driver long."""
-
 log = logging.getLogger(__name__)
 
 OnDone = Callable[[Failure | None], None]
@@ -53,8 +50,7 @@ class CopyPolicy(msgspec.Struct, frozen=True):
     """How ranges are moved.
 
     Attributes:
-        copy: ``kernel``, ``copy_engine``, ``auto`` by the mean length of the ranges, or ``patient``: as
-            ``auto``, but by copy engines as long as the model has not written all that is to be moved.
+        copy: ``kernel``, ``copy_engine``, or ``auto`` by the mean length of the ranges.
         blocks: multiprocessors that the kernel may take.
     """
 
@@ -64,16 +60,9 @@ class CopyPolicy(msgspec.Struct, frozen=True):
     def takes_kernel(self, plan: CopyPlan, nbytes: int) -> bool:
         if plan.tile is not None:
             return True  # copy engines know no tiles
-        if self.copy in ("auto", "patient") and nbytes >= COPY_ENGINE_BYTES * plan.length.size:
-            return False
-        if self.copy == "patient":
-            return all(event.query() for event in plan.after)
-        return self.copy in ("auto", "kernel")
-
-    @property
-    def batch(self) -> int:
-        """Ranges that copy engines are given at once."""
-        return PATIENT_RANGES if self.copy == "patient" else MAX_RANGES
+        if self.copy == "auto":
+            return nbytes < COPY_ENGINE_BYTES * plan.length.size
+        return self.copy == "kernel"
 
 
 class _Launch:
@@ -245,9 +234,7 @@ class CudaRail:
     def _copied(self, key: int, plan: CopyPlan, stream: int) -> bool:
         if not self._visitor.begin_copy(key):
             return False
-        for at in range(0, plan.length.size, self._policy.batch):
-            part = slice(at, at + self._policy.batch)
-            copy_batch_async(plan.dst[part], plan.src[part], plan.length[part], stream)
+        copy_batch_async(plan.dst, plan.src, plan.length, stream)
         call("cuStreamWriteValue64", stream, self._visitor.copy_done, self._visitor.copy_number, 0)
         return True
 
