@@ -328,7 +328,7 @@ class PrefillEnd:
             peer = self._peers.get(share.peer)
             while peer is not None and peer.linked:
                 try:
-                    write = progress.next(self._clock)
+                    write = progress.next(self._clock, peer.gather)
                 except IndexError:
                     # The prompts hash alike, so this is a decode side that counts its blocks differently.
                     why = "decode wants blocks that this prompt does not have"

@@ -204,8 +204,12 @@ class PushProgress:
         self._in_flight: dict[int, Write] = {}
         self._next_op = 0
 
-    def next(self, clock: Clock) -> Write | None:
+    def next(self, clock: Clock, gather: int = 0) -> Write | None:
         """The next write, with everything that has become ready, or None.
+
+        Args:
+            gather: bytes that a write of what has yet to be computed must have, more than `least`, unless
+                no more than `least` is left of the step behind it: then that is all that its end waits for.
 
         Raises:
             IndexError: Decode wants blocks that the request does not have.
@@ -218,14 +222,15 @@ class PushProgress:
         until = max(computed.ready, computed.step_ready)
         within = [self._complete_units(g, until) for g in range(len(self._index))]
         ready: list[tuple[int, int, Span]] = []
-        running = False
+        running, left = False, 0
         for layer, nbytes in zip(self._route.layers, self._route.unit_bytes, strict=True):
             group = self._layer_groups[layer]
             pushed, end, mark = self._pushed[layer], before[group], began
             written = clock.written(layer, step) if step >= 0 else None
-            if written is None:
-                running |= step >= 0
-            elif within[group] > max(end, pushed):
+            if written is None and step >= 0:
+                running = True
+                left += nbytes * max(0, within[group] - max(end, pushed))
+            elif written is not None and within[group] > max(end, pushed):
                 end, mark = within[group], written
             if end > pushed:
                 ready.append((mark, nbytes * (end - pushed), Span(layer, pushed, end)))
@@ -234,14 +239,21 @@ class PushProgress:
         # A GPU may be far behind what was issued: what it has computed must not wait for what it has not.
         ready.sort(key=lambda entry: entry[0])
         spans: list[Span] = []
-        total, last = 0, clock.passed()
+        total, last = 0, (passed := clock.passed())
+        left += sum(nbytes for _, nbytes, _ in ready)
+
+        def enough() -> bool:
+            least = self._least if last <= passed or left <= self._least else max(gather, self._least)
+            return total >= least
+
         for mark, nbytes, span in ready:
-            if mark > last and total >= max(self._least, 1):
+            if mark > last and total and enough():
                 break
             last = max(last, mark)
             spans.append(span)
             total += nbytes
-        if running and total < self._least:
+            left -= nbytes
+        if running and not enough():
             return None
         source, target = {}, {}
         tables = [np.asarray(t, np.int64) for t in computed.table]

@@ -15,15 +15,18 @@ class Push:
     Args:
         block: tokens of a block, here and there.
         least: as in `PushProgress`.
+        gather: as in `PushProgress.next`.
     """
 
-    def __init__(self, num_layers: int, *, block: tuple[int, int] = (4, 4), least: int = 0) -> None:
+    def __init__(
+        self, num_layers: int, *, block: tuple[int, int] = (4, 4), least: int = 0, gather: int = 0
+    ) -> None:
         layers = tuple(range(num_layers))
         unit = min(block)
         self.computed = Computed(1)
         self._route = Route(layers, layers, (unit,), ((),) * num_layers, (UNIT_BYTES,) * num_layers)
         self._groups = [Group(block[0], 0, "full")], [Group(block[1], 0, "full")]
-        self._least = least
+        self._least, self._gather = least, gather
         self._progress: PushProgress | None = None
 
     def reserve(self, num_tokens: int, want: Sequence[Want]) -> None:
@@ -45,7 +48,7 @@ class Push:
         self.computed.chunk(step, start, end, blocks, replace=replace, hits_ready=hits_ready)
 
     def next(self, clock: Clock) -> Write | None:
-        return None if self._progress is None else self._progress.next(clock)
+        return None if self._progress is None else self._progress.next(clock, self._gather)
 
     def ended(self, op: int) -> None:
         assert self._progress is not None

@@ -51,8 +51,8 @@ def waits_until(gpu: Gpu, clock: GpuClock, mark: int) -> int:
     return max(at, default=gpu.done)
 
 
-def progress(num_layers: int, least: int = 0) -> Push:
-    pushes = Push(num_layers, least=least)
+def progress(num_layers: int, least: int = 0, gather: int = 0) -> Push:
+    pushes = Push(num_layers, least=least, gather=gather)
     index = np.arange(1, dtype=np.int64)
     pushes.reserve(4, [Want(index, 100 + index)])
     return pushes
@@ -107,6 +107,42 @@ def test_writes_have_at_least_what_was_asked_for() -> None:
     for layer in (3, 4):
         run_layer(gpu, clock, layer, 1)
     assert [[s.layer for s in w.spans] for w in writes(pushes, clock)] == [[2, 3], [4]]
+
+
+def test_what_is_yet_to_be_computed_is_gathered_up_to_the_last_of_the_step() -> None:
+    gpu = Gpu(16)
+    clock, pushes = gpu.clock(8), progress(8, least=16, gather=64)
+    pushes.chunk(1, 0, 5, ([1, 2],), replace=True, hits_ready=True)
+    clock.step_begins(1)
+    found = []
+    for layer in range(8):
+        run_layer(gpu, clock, layer, 1)
+        found += writes(pushes, clock)
+    assert [[s.layer for s in w.spans] for w in found] == [[0, 1, 2, 3, 4, 5], [6, 7]]
+    assert [waits_until(gpu, clock, w.mark) for w in found] == [6, 8]
+
+
+def test_what_is_computed_waits_for_no_more_than_the_least() -> None:
+    gpu = Gpu(16)
+    clock, pushes = gpu.clock(8), progress(8, least=16, gather=64)
+    pushes.chunk(1, 0, 5, ([1, 2],), replace=True, hits_ready=True)
+    clock.step_begins(1)
+    for layer in range(8):
+        run_layer(gpu, clock, layer, 1)
+    gpu.done = 3
+    assert [[s.layer for s in w.spans] for w in writes(pushes, clock)] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+
+
+def test_a_long_step_is_pushed_in_several_writes_all_the_same() -> None:
+    gpu = Gpu(16)
+    clock, pushes = gpu.clock(10), progress(10, least=8, gather=24)
+    pushes.chunk(1, 0, 5, ([1, 2],), replace=True, hits_ready=True)
+    clock.step_begins(1)
+    found = []
+    for layer in range(10):
+        run_layer(gpu, clock, layer, 1)
+        found += writes(pushes, clock)
+    assert [[s.layer for s in w.spans] for w in found] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
 
 
 def test_a_step_whose_layers_say_nothing_is_written_when_it_is_issued() -> None:

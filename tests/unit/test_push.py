@@ -119,7 +119,8 @@ def test_every_wanted_block_is_pushed_once(
 ) -> None:
     total = -(-tokens // BLOCK)
     first = min(cached, total)
-    clock, progress = LayerClock(layers), Push(layers, least=data.draw(st.sampled_from([0, 40])))
+    least, gather = data.draw(st.sampled_from([(0, 0), (40, 0), (8, 40), (0, 100)]))
+    clock, progress = LayerClock(layers), Push(layers, least=least, gather=gather)
     seen: dict[int, list[int]] = {layer: [] for layer in range(layers)}
     reserved = False
 
