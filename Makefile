@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format peers bench lock clean
+.PHONY: help setup demo test lint format peers routers bench lock clean
 
 PY := .venv/bin/python
 
@@ -26,6 +26,9 @@ format: setup ## rewrite the code in the house format
 
 peers: setup ## the connectors we compare with, in an environment of their own
 	@bash scripts/peers.sh
+
+routers: setup ## the proxies we compare with, in an environment of their own
+	@bash scripts/routers.sh
 
 bench: setup peers ## every benchmark, results to benchmarks/results
 	@mkdir -p benchmarks/results
