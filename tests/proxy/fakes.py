@@ -13,6 +13,15 @@ from multidict import CIMultiDict
 
 MODEL = "tiny"
 DONE = b"data: [DONE]\n\n"
+GENERATES = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/chat/completions/batch",
+    "/v1/responses",
+    "/v1/messages",
+    "/cohere/v2/chat",
+    "/generative_scoring",
+)
 
 
 def events(count: int = 5) -> list[bytes]:
@@ -35,6 +44,7 @@ class Call:
     started: float
     ended: float = 0.0
     aborted: bool = False
+    method: str = "POST"
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -69,6 +79,7 @@ class FakeEngine:
             b'{"id":"x", "choices":[{"text":"hi","index":0,"finish_reason":"stop"}],  "object":"text"}'
         )
         self.healthy = True
+        self.responses: set[str] = set()  # those that it keeps
         self.port = 0
         self._runner: web.AppRunner | None = None
 
@@ -84,8 +95,11 @@ class FakeEngine:
         app = web.Application(client_max_size=1 << 28)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_post("/v1/completions", self._generate)
-        app.router.add_post("/v1/chat/completions", self._generate)
+        for path in GENERATES:
+            app.router.add_post(path, self._generate)
+        app.router.add_get("/v1/responses/{id}", self._stored)
+        app.router.add_post("/v1/responses/{id}/cancel", self._stored)
+        app.router.add_route("*", "/{rest:.*}", self._other)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
@@ -148,7 +162,11 @@ class FakeEngine:
             assert body["max_tokens"] == 1
             told = {"timeline": {"received": 1.5}, "first_token": self.sampled}
             return web.json_response({"choices": [], "kv_transfer_params": told})
-        call = Call(request.path, body, raw, request.headers.copy(), time.monotonic())
+        return await self._serve(
+            request, Call(request.path, body, raw, request.headers.copy(), time.monotonic())
+        )
+
+    async def _serve(self, request: web.Request, call: Call) -> web.StreamResponse:
         self.calls.append(call)
         try:
             return await self._answer(request, call)
@@ -158,6 +176,21 @@ class FakeEngine:
         finally:
             call.ended = time.monotonic()
             call.over.set()
+
+    async def _stored(self, request: web.Request) -> web.Response:
+        found = request.match_info["id"] in self.responses
+        if request.method == "POST":
+            self.calls.append(Call(request.path, {}, b"", request.headers.copy(), time.monotonic()))
+        return web.json_response({"id": request.match_info["id"]}, status=200 if found else 404)
+
+    async def _other(self, request: web.Request) -> web.StreamResponse:
+        """Whatever else there is: what came is kept, and answered as if it had been a generation request."""
+        raw = await request.read()
+        call = Call(request.raw_path, {}, raw, request.headers.copy(), time.monotonic())
+        call.method = request.method
+        if raw.startswith(b"{"):
+            call.body = json.loads(raw)
+        return await self._serve(request, call)
 
     async def _answer(self, request: web.Request, call: Call) -> web.StreamResponse:
         failure = self.failures.pop(0) if self.failures else None

@@ -225,7 +225,7 @@ async def test_errors_have_openais_form(start: Start):
             "kv_transfer_params",
         ),
         ("/v1/completions", b'{"prompt":"' + b"a" * (2 << 20) + b'"}', 413, None),
-        ("/v1/embeddings", b"{}", 404, None),
+        ("/sleep", b"{}", 404, None),
         ("/health", b"{}", 405, None),
     ]
     for path, body, status, param in tries:

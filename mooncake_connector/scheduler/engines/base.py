@@ -155,5 +155,8 @@ class Engine(Protocol):
     def prefill_params(self, answer: bytes) -> dict[str, Any] | None:
         """What a prefill answer hands to decode (serial order); None if nothing."""
 
+    def preamble(self, first: bytes) -> bool:
+        """Whether a stream's first bytes come before the engine has begun with the request."""
+
     def stream_failure(self, first: bytes) -> tuple[int, bytes] | None:
         """Status and JSON body of the error that a stream's first bytes carry; None if they carry none."""

@@ -7,7 +7,7 @@ import aiohttp
 import msgspec
 
 from mooncake_connector.scheduler.engines.base import EngineInfo, EngineUnready, told
-from mooncake_connector.scheduler.proxy.openai import CHAT, COMPLETIONS, ClientRequest
+from mooncake_connector.scheduler.proxy.openai import CHAT, COMPLETIONS, MESSAGES, RESPONSES, ClientRequest
 
 # They shape the answer, not the prompt: prefill's one token is dropped, so it need not compute them.
 # response_format is not among them: some chat templates render it.
@@ -30,17 +30,32 @@ ANSWER_ONLY = frozenset(
         "return_prompt_text",
         "max_tokens",
         "max_completion_tokens",
+        "max_output_tokens",
+        "include",
+        "store",
         "kv_transfer_params",
     }
 )
 # ... unless its token is the client's first.
 SHAPES_FIRST = frozenset({"min_tokens", "structured_outputs", "stream_options"})
+# How an endpoint spells the limit to the answer's tokens.
+LIMITS = {
+    COMPLETIONS: ("max_tokens",),
+    CHAT: ("max_tokens", "max_completion_tokens"),
+    RESPONSES: ("max_output_tokens",),
+    MESSAGES: ("max_tokens",),
+}
+# Tools that the client runs; others vLLM runs itself and goes on with a prompt that prefill never saw.
+CLIENTS_TOOLS = frozenset({"function", "custom", "namespace"})
 CONNECTOR_MEND = (
     "start it with --kv-transfer-config "
     '\'{"kv_connector":"MooncakePushConnector","kv_connector_module_path":"mooncake_connector.kv_transfer.vllm",'
     '"kv_role":"kv_both","kv_load_failure_policy":"recompute"}\''
 )
-_error_event = re.compile(rb'\s*data:\s*(\{\s*"error".*)')
+PREAMBLE = frozenset({b"response.created", b"response.queued", b"response.in_progress"})
+_event_name = re.compile(rb"^event: (\S+)$", re.MULTILINE)
+# The error itself, or one of those that have a name.
+_error_event = re.compile(rb'(?:\A\s*|\n\n)(?:event: error\ndata: (\{.*)|data:\s*(\{\s*"error".*))')
 _error_code = re.compile(rb'"code"\s*:\s*"?(\d{3})')
 
 
@@ -85,6 +100,10 @@ class VllmEngine:
             ) from None
 
     def alone(self, request: ClientRequest) -> str:
+        if request.path not in LIMITS:
+            return "endpoint"
+        if request.path == RESPONSES and (reason := _alone_as_response(request)):
+            return reason
         if request.get("use_beam_search"):
             return "beam_search"
         if request.get("prompt_embeds") is not None:
@@ -110,9 +129,10 @@ class VllmEngine:
                 fields["min_tokens"] = 1
         elif request.path == COMPLETIONS:
             fields.pop("response_format", None)
-        if request.path == CHAT:
-            fields["max_completion_tokens"] = 1
-        fields |= {"max_tokens": 1, "stream": first_token, "kv_transfer_params": params}
+        fields |= dict.fromkeys(LIMITS[request.path], 1)
+        fields |= {"stream": first_token, "kv_transfer_params": params}
+        if request.path == RESPONSES:
+            fields["store"] = False
         return msgspec.json.encode(fields)
 
     def release_body(self, request: ClientRequest, transfer_id: str) -> bytes:
@@ -149,13 +169,19 @@ class VllmEngine:
         params = found.get("kv_transfer_params") if isinstance(found, dict) else None
         return params if isinstance(params, dict) and params else None
 
+    def preamble(self, first: bytes) -> bool:
+        # vLLM sends these before it asks its engine for anything.
+        names = _event_name.findall(first)
+        return bool(names) and PREAMBLE.issuperset(names)
+
     def stream_failure(self, first: bytes) -> tuple[int, bytes] | None:
         # vLLM sends status 200 before the first token exists, so a failed request is an event.
-        event = _error_event.match(first)
+        event = _error_event.search(first)
         if not event:
             return None
-        code = _error_code.search(event[1])
-        return int(code[1]) if code else 500, event[1]
+        said: bytes = event[1] or event[2]
+        code = _error_code.search(said)
+        return int(code[1]) if code else 500, said
 
     async def _call(
         self,
@@ -180,6 +206,22 @@ class VllmEngine:
         if reply.status != 200:
             raise EngineUnready(f"{url} answered {reply.status}: {answer[:200].decode(errors='replace')}")
         return answer
+
+
+def _alone_as_response(request: ClientRequest) -> str:
+    """Why decode alone can make this response; empty if prefill can help."""
+    if request.get("previous_response_id") is not None:
+        return "stored"
+    if request.get("background"):
+        return "background"
+    tools = request.get("tools")
+    for tool in tools if isinstance(tools, list) else []:
+        if not isinstance(tool, dict) or tool.get("type") not in CLIENTS_TOOLS:
+            return "server_tools"
+    # "auto" is "what fits", and so is null.
+    if "truncation" in request.fields and request.get("truncation") != "disabled":
+        return "truncation"
+    return ""
 
 
 def _aside(request: ClientRequest, params: dict[str, Any]) -> bytes:

@@ -1,7 +1,7 @@
 """The proxy's HTTP face: OpenAI's API in front, prefill and decode engines behind."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import aiohttp
@@ -19,16 +19,18 @@ from mooncake_connector.scheduler.policy.conductor import Conductor
 from mooncake_connector.scheduler.policy.estimators import Estimators
 from mooncake_connector.scheduler.policy.prefix_index import PrefixIndex
 from mooncake_connector.scheduler.prompts.tokens import Tokens
+from mooncake_connector.scheduler.proxy.anywhere import Anywhere
 from mooncake_connector.scheduler.proxy.arrivals import Arrivals
 from mooncake_connector.scheduler.proxy.conductor_metrics import ConductorMetrics
 from mooncake_connector.scheduler.proxy.dispatch import Dispatcher
-from mooncake_connector.scheduler.proxy.errors import error_answer, openai_errors
+from mooncake_connector.scheduler.proxy.endpoints import ANY, DECODE, DECODE_ALONE, DISAGGREGATED, STORED
+from mooncake_connector.scheduler.proxy.errors import Handler, openai_errors
 from mooncake_connector.scheduler.proxy.generate import Generation
-from mooncake_connector.scheduler.proxy.headers import forwarded, returned
+from mooncake_connector.scheduler.proxy.headers import stamp
 from mooncake_connector.scheduler.proxy.metrics import ProxyMetrics
-from mooncake_connector.scheduler.proxy.openai import CHAT, COMPLETIONS
 from mooncake_connector.scheduler.proxy.settings import ProxySettings
 from mooncake_connector.scheduler.proxy.steering import Steering
+from mooncake_connector.scheduler.proxy.stored import Stored
 
 # uvicorn closes an idle connection after 5 s: leave before it does, or a request meets a closing socket.
 KEEPALIVE_SECONDS = 4.0
@@ -114,12 +116,29 @@ class Proxy:
     def _application(self) -> web.Application:
         limit = self.settings.max_body_mib << 20
         app = web.Application(client_max_size=limit, middlewares=[openai_errors])
-        generation = Generation(self._arrivals, self._dispatcher, self.metrics)
-        app.router.add_post(COMPLETIONS, generation.handle)
-        app.router.add_post(CHAT, generation.handle)
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/metrics", self._metrics)
+        stored = Stored(self.pool, self._session)
+        generation = Generation(self.pool, self._arrivals, stored, self._dispatcher, self.metrics)
+        anywhere = Anywhere(
+            self.pool, stored, self._session, self.metrics, max_retries=self.settings.max_retries
+        )
+        served: list[tuple[Handler, Iterable[tuple[str, str]]]] = [
+            (generation.handle, [("POST", path) for path in (*DISAGGREGATED, *DECODE_ALONE)]),
+            (anywhere.decode, DECODE),
+            (anywhere.stored, STORED),
+            (anywhere.any, ANY),
+            (self._health, [("GET", "/health")]),
+            (self._ping, [("GET", "/ping"), ("POST", "/ping")]),
+            (self._load, [("GET", "/load")]),
+            (self._metrics, [("GET", "/metrics")]),
+        ]
+        for handler, endpoints in served:
+            for method, path in endpoints:
+                add = app.router.add_get if method == "GET" else app.router.add_post
+                add(path, handler)
+        for resource in app.router.resources():
+            if isinstance(resource, web.Resource):
+                resource.add_route(hdrs.METH_OPTIONS, anywhere.options)
+        app.on_response_prepare.append(stamp)
         return app
 
     def _steer(self) -> Steering:
@@ -165,19 +184,6 @@ class Proxy:
     def _adapters(self) -> set[str]:
         return {name for instance in self.pool if instance.info for name in instance.info.adapters}
 
-    async def _models(self, http: web.Request) -> web.StreamResponse:
-        headers = forwarded(http)
-        tried = "none is up"
-        for decode in self.pool.live("decode"):
-            try:
-                async with self._session.get(f"{decode.url}/v1/models", headers=headers) as reply:
-                    body = await reply.read()
-                    return web.Response(status=reply.status, body=body, headers=returned(reply.headers))
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                tried = f"{decode.url}: {error}"
-                decode.suspect(tried)
-        return error_answer(503, f"no decode engine can list its models ({tried})", "ServiceUnavailableError")
-
     async def _health(self, _: web.Request) -> web.StreamResponse:
         healthy = self.pool.paired()
         report = {
@@ -193,6 +199,13 @@ class Proxy:
         }
         body = msgspec.json.encode(report)
         return web.Response(status=200 if healthy else 503, body=body, content_type="application/json")
+
+    async def _ping(self, _: web.Request) -> web.StreamResponse:
+        return web.Response(status=200 if self.pool.paired() else 503)
+
+    async def _load(self, _: web.Request) -> web.StreamResponse:
+        load = sum(instance.requests for instance in self.pool.decode)
+        return web.json_response({"server_load": load})
 
     async def _metrics(self, _: web.Request) -> web.StreamResponse:
         headers = {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST}

@@ -28,12 +28,14 @@ class Asked(msgspec.Struct, frozen=True):
         headers: for the engines.
         arrival: for the conductor; its `id`, `alone` and `avoid` are an attempt's.
         ids: the prompt's token ids; none if the proxy can't tell them.
+        avoid: engines that can't serve it.
     """
 
     request: ClientRequest
     headers: Mapping[str, str]
     arrival: Arrival
     ids: npt.NDArray[np.uint32]
+    avoid: frozenset[str] = frozenset()
 
 
 class Arrivals:
@@ -126,7 +128,7 @@ def _header(headers: Mapping[str, str], name: str) -> str:
 
 
 def _max_tokens(request: ClientRequest) -> int:
-    for name in ("max_completion_tokens", "max_tokens"):
+    for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
         if type(limit := request.get(name)) is int and limit > 0:
             return limit
     return 0

@@ -88,7 +88,7 @@ class Dispatcher:
             DecodeFailed: everybody tried failed.
         """
         alone = self._engine.alone(asked.request)
-        avoid: set[str] = set()
+        avoid: set[str] = set(asked.avoid)
         answered: set[str] = set()
         spent: set[str] = set()
         decode_failures = prefill_failures = 0
@@ -339,7 +339,7 @@ class Dispatcher:
                     opened = True
                     journey.first_token()
                     return Answer(journey, reply, known.events, True, lease, timeline, reading, known)
-            first = await (reading or (reply.content.readany() if streamed else reply.read()))
+            first = await (reading or (self._begun(reply) if streamed else reply.read()))
             timeline.mark("decode_first")
             said = Reply(reply.status, reply.headers, first)
             if streamed and (failed := self._engine.stream_failure(first)):
@@ -364,6 +364,14 @@ class Dispatcher:
                 reply.close()
                 if reading:
                     await _cancelled(reading)
+
+    async def _begun(self, reply: aiohttp.ClientResponse) -> bytes:
+        """A stream's bytes up to the first that tell of the answer itself; none if it ends before."""
+        first = await reply.content.readany()
+        while self._engine.preamble(first):
+            more = await reply.content.readany()
+            first = first + more if more else b""
+        return first
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._lingering.add(task)

@@ -7,9 +7,13 @@ from aiohttp import hdrs, web
 
 from mooncake_connector.scheduler.proxy import rejection
 from mooncake_connector.scheduler.proxy.answer import Overloaded
+from mooncake_connector.scheduler.proxy.headers import identify
 from mooncake_connector.scheduler.proxy.openai import error_body
 
 log = logging.getLogger(__name__)
+
+# Of these the rest of the request's body is still to come, and nobody wants it.
+CUT_SHORT = (web.HTTPRequestTimeout.status_code, web.HTTPRequestEntityTooLarge.status_code)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -29,15 +33,20 @@ def rejection_answer(overloaded: Overloaded) -> web.Response:
 
 @web.middleware
 async def openai_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Give what aiohttp or a bug answers OpenAI's form."""
+    """Note who the request is, and give what aiohttp or a bug answers OpenAI's form."""
+    identify(request)
     try:
         return await handler(request)
     except web.HTTPNotFound:
         return error_answer(404, f"the proxy has no {request.method} {request.path}", "NotFoundError")
     except web.HTTPException as raised:
-        return error_answer(
-            raised.status, raised.text or raised.reason, raised.reason.replace(" ", "") + "Error"
-        )
+        kind = raised.reason.replace(" ", "") + "Error"
+        answer = error_answer(raised.status, raised.text or raised.reason, kind)
+        if allowed := raised.headers.get(hdrs.ALLOW):
+            answer.headers[hdrs.ALLOW] = allowed
+        if raised.status in CUT_SHORT:
+            answer.force_close()
+        return answer
     except Exception:
-        log.exception("%s %s failed", request.method, request.path)
+        log.exception("%s %s failed", request.method, request.rel_url.raw_path)
         return error_answer(500, "the proxy failed; its log has the cause", "InternalServerError")

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from mooncake_connector.errors import MooncakeError
-from mooncake_connector.scheduler.proxy.openai import CHAT, ClientRequest
+from mooncake_connector.scheduler.proxy.openai import CHAT, COMPLETIONS, ClientRequest
 from mooncake_connector.scheduler.proxy.sse import DONE, END, Events
 
 _DATA = b"data: "
@@ -36,7 +36,9 @@ class Mismatch(MooncakeError):
 
 def eligible(request: ClientRequest) -> bool:
     """Whether prefill's first token can be the client's; else decode sends its own."""
-    if not request.stream or any(_wished(request.get(name)) for name in _NEEDS_DECODE):
+    if request.path not in (CHAT, COMPLETIONS) or not request.stream:
+        return False
+    if any(_wished(request.get(name)) for name in _NEEDS_DECODE):
         return False
     if any(request.get(name) not in (None, 1) for name in ("n", "best_of", "stream_interval")):
         return False

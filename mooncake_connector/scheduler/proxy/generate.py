@@ -1,29 +1,35 @@
-"""Completions and chats: what goes through prefill and decode."""
+"""Answers that are generated: completions, chats, responses, messages."""
 
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 from aiohttp import web
+from multidict import CIMultiDict
 
-from mooncake_connector.scheduler.proxy.answer import Answer, DecodeFailed, NoDecode, Overloaded, StreamBroken
-from mooncake_connector.scheduler.proxy.arrivals import Arrivals
+from mooncake_connector.scheduler.engines.pool import Pool
+from mooncake_connector.scheduler.proxy.answer import Answer, DecodeFailed, NoDecode, Overloaded
+from mooncake_connector.scheduler.proxy.arrivals import Arrivals, Asked
 from mooncake_connector.scheduler.proxy.dispatch import Dispatcher
 from mooncake_connector.scheduler.proxy.errors import error_answer, rejection_answer
-from mooncake_connector.scheduler.proxy.headers import REQUEST_ID, identified, returned
+from mooncake_connector.scheduler.proxy.headers import forwarded_json, returned
 from mooncake_connector.scheduler.proxy.metrics import ProxyMetrics
-from mooncake_connector.scheduler.proxy.openai import BadRequest, ClientRequest, error_body
+from mooncake_connector.scheduler.proxy.openai import RESPONSES, BadRequest, ClientRequest
+from mooncake_connector.scheduler.proxy.relay import relay
+from mooncake_connector.scheduler.proxy.stored import Stored
 from mooncake_connector.scheduler.proxy.timeline import HEADER, Timeline, into_answer, with_timeline
-
-log = logging.getLogger(__name__)
 
 
 class Generation:
-    """Handles ``POST /v1/completions`` and ``POST /v1/chat/completions``."""
+    """Handles every request that the conductor finds engines for."""
 
-    def __init__(self, arrivals: Arrivals, dispatcher: Dispatcher, metrics: ProxyMetrics) -> None:
+    def __init__(
+        self, pool: Pool, arrivals: Arrivals, stored: Stored, dispatcher: Dispatcher, metrics: ProxyMetrics
+    ) -> None:
+        self._pool = pool
         self._arrivals = arrivals
+        self._stored = stored
         self._dispatcher = dispatcher
         self._metrics = metrics
 
@@ -36,14 +42,15 @@ class Generation:
         try:
             request = ClientRequest.parse(http.path, await http.read())
             timeline.mark("parsed")
-            headers, request_id = identified(http, request)
+            headers = forwarded_json(http, request.get("request_id"))
             asked = await self._arrivals.describe(request, headers)
+            if request.path == RESPONSES:
+                asked = await self._at_holder(asked)
             timeline.mark("described")
             answer = await self._dispatcher.open(asked, timeline)
             headers_back = returned(answer.headers)
             headers_back["x-mooncake-decode"] = answer.choice.decode
             headers_back["x-mooncake-prefill"] = answer.choice.prefill or f"none ({answer.choice.reason})"
-            headers_back[REQUEST_ID] = request_id
             if answer.early:
                 headers_back["x-mooncake-first-token"] = "prefill"
             if answer.streamed:
@@ -54,7 +61,7 @@ class Generation:
                 told = await self._dispatcher.timeline(answer, asked)
                 return told | {"proxy": timeline.moments}
 
-            response, outcome = await _relay(http, answer, headers_back, timeline, tell)
+            response, outcome = await _answered(http, answer, headers_back, timeline, tell)
             return response
         except web.HTTPRequestEntityTooLarge:
             outcome = "client_error"
@@ -83,11 +90,22 @@ class Generation:
             self._metrics.duration.observe(time.perf_counter() - started)
             timeline.observe(self._metrics)
 
+    async def _at_holder(self, asked: Asked) -> Asked:
+        """A response that goes on from another one, made to go where that one is."""
+        previous = asked.request.get("previous_response_id")
+        if not isinstance(previous, str):
+            return asked
+        holder = await self._stored.holder(previous, asked.headers)
+        if holder is None:
+            return asked
+        others = frozenset(decode.url for decode in self._pool.decode if decode is not holder)
+        return msgspec.structs.replace(asked, avoid=others)
 
-async def _relay(
+
+async def _answered(
     http: web.Request,
     answer: Answer,
-    headers: dict[str, str],
+    headers: CIMultiDict[str],
     timeline: Timeline,
     tell: Callable[[], Awaitable[dict[str, Any]]],
 ) -> tuple[web.StreamResponse, str]:
@@ -99,24 +117,6 @@ async def _relay(
         whole = web.Response(status=answer.status, body=body, headers=headers)
         return whole, "ok" if answer.status < 400 else "client_error"
     response = web.StreamResponse(status=answer.status, headers=headers)
-    outcome = "ok"
-    try:
-        await response.prepare(http)
-        chunks = answer.chunks()
-        try:
-            async for chunk in with_timeline(chunks, tell) if timeline.asked else chunks:
-                if not chunk:
-                    continue
-                await response.write(chunk)
-                if "first_byte" not in timeline.moments:
-                    timeline.mark("first_byte")
-        except StreamBroken as error:
-            log.warning("%s", error)
-            outcome = "stream_broken"
-            # The blank line ends an event that was cut in two; no [DONE] follows, for it is not done.
-            said = error_body(str(error), "BadGatewayError", 502)
-            await response.write(b"\n\ndata: " + said + b"\n\n")
-        await response.write_eof()
-    except ConnectionResetError:
-        return response, "cancelled"
-    return response, outcome
+    chunks = answer.chunks()
+    told = with_timeline(chunks, tell) if timeline.asked else chunks
+    return response, await relay(http, response, told, timeline)

@@ -1,19 +1,19 @@
 """Which headers travel between clients and engines."""
 
-import uuid
 from collections.abc import Mapping
 
 from aiohttp import hdrs, web
+from multidict import CIMultiDict
 
-from mooncake_connector.scheduler.proxy.openai import ClientRequest
+from mooncake_connector.scheduler.proxy.identity import REQUEST_ID, TRACE_PARENT, Identity, current
 
-REQUEST_ID = "X-Request-Id"
 HOP_BY_HOP = frozenset(
     {
         "connection",
         "keep-alive",
         "proxy-authenticate",
         "proxy-authorization",
+        "proxy-connection",
         "te",
         "trailer",
         "transfer-encoding",
@@ -21,23 +21,53 @@ HOP_BY_HOP = frozenset(
     }
 )
 OWN = frozenset({"content-length", "x-request-id"})
-NOT_FORWARDED = HOP_BY_HOP | OWN | {"host", "content-type", "content-encoding", "accept-encoding", "expect"}
+# Bodies are decompressed here, and answers are to come as they are.
+# The proxy's word on who served counts, and no one else's.
+PREFIX = "x-mooncake-"
+NOT_FORWARDED = HOP_BY_HOP | OWN | {"host", "content-encoding", "accept-encoding", "expect"}
 NOT_RETURNED = HOP_BY_HOP | OWN | {"date", "server"}
 
 
-def forwarded(http: web.Request) -> dict[str, str]:
-    """The client's headers that are the engines' business."""
-    return {name: value for name, value in http.headers.items() if name.lower() not in NOT_FORWARDED}
+def identify(http: web.Request) -> Identity:
+    """Note who the request is, for logs and for `forwarded`."""
+    identity = Identity.of(http.headers.get(REQUEST_ID), http.headers.get(TRACE_PARENT))
+    current.set(identity)
+    return identity
 
 
-def identified(http: web.Request, request: ClientRequest) -> tuple[dict[str, str], str]:
-    """Headers for the engines, and the request's id: the client's if it named one."""
-    named = http.headers.get(REQUEST_ID) or request.get("request_id")
-    usable = isinstance(named, str) and named.isprintable() and named.isascii()
-    request_id = str(named) if usable else uuid.uuid4().hex
-    return forwarded(http) | {REQUEST_ID: request_id, hdrs.CONTENT_TYPE: "application/json"}, request_id
+def forwarded(http: web.Request) -> CIMultiDict[str]:
+    """The client's headers that are the engines' business, and the request's id."""
+    headers = _without(http.headers, NOT_FORWARDED)
+    if identity := current.get():
+        headers[REQUEST_ID] = identity.request_id
+    return headers
 
 
-def returned(headers: Mapping[str, str]) -> dict[str, str]:
+def forwarded_json(http: web.Request, named: object) -> CIMultiDict[str]:
+    """Those of a JSON body, which names the request (`named`) if no header does."""
+    if named is not None and REQUEST_ID not in http.headers:
+        current.set(Identity.of(named, http.headers.get(TRACE_PARENT)))
+    headers = forwarded(http)
+    headers[hdrs.CONTENT_TYPE] = "application/json"
+    return headers
+
+
+def returned(headers: Mapping[str, str]) -> CIMultiDict[str]:
     """An engine's headers that are the client's business."""
-    return {name: value for name, value in headers.items() if name.lower() not in NOT_RETURNED}
+    return _without(headers, NOT_RETURNED)
+
+
+async def stamp(_: web.Request, response: web.StreamResponse) -> None:
+    """Say the request's id in every answer."""
+    if identity := current.get():
+        response.headers[REQUEST_ID] = identity.request_id
+
+
+def _without(headers: Mapping[str, str], dropped: frozenset[str]) -> CIMultiDict[str]:
+    if named := headers.get(hdrs.CONNECTION):
+        dropped = dropped | {name.strip().lower() for name in named.split(",")}
+    return CIMultiDict(
+        (name, value)
+        for name, value in headers.items()
+        if (lower := name.lower()) not in dropped and not lower.startswith(PREFIX)
+    )

@@ -8,6 +8,8 @@ from mooncake_connector.errors import MooncakeError
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+RESPONSES = "/v1/responses"
+MESSAGES = "/v1/messages"
 CHARS_PER_TOKEN = 4
 
 TRANSFER = "kv_transfer_params"
@@ -26,10 +28,10 @@ class BadRequest(MooncakeError):
 
 
 class ClientRequest(msgspec.Struct, frozen=True):
-    """One completion or chat request.
+    """One request for a generated answer.
 
     Attributes:
-        path: ``/v1/completions`` or ``/v1/chat/completions``.
+        path: ``/v1/completions``, ``/v1/chat/completions``, ``/v1/responses``, ``/v1/messages``, ...
         raw: the body exactly as the client sent it, a JSON object.
         fields: its top-level fields, each still encoded.
         stream: whether the client asked for server-sent events.
@@ -51,9 +53,7 @@ class ClientRequest(msgspec.Struct, frozen=True):
         """
         fields = read_fields(raw)
         request = cls(path, raw, fields, False, 0)
-        prompt = fields.get("messages" if path == CHAT else "prompt", msgspec.Raw(b"null"))
-        tokens = _chat_tokens(prompt) if path == CHAT else _prompt_tokens(prompt)
-        return cls(path, raw, fields, request.get("stream") is True, tokens)
+        return cls(path, raw, fields, request.get("stream") is True, _tokens(path, fields))
 
     def get(self, name: str) -> Any:
         """The decoded value of a field, None if absent (or beyond what JSON allows)."""
@@ -95,6 +95,30 @@ def error_body(message: str, kind: str, code: int, param: str | None = None) -> 
     return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
 
+def broken_event(path: str, message: str) -> bytes:
+    """The event that says to a client of this endpoint that its stream broke off."""
+    if path in (RESPONSES, MESSAGES):
+        # Their clients go by the event's name and type.
+        said = {"message": message, "type": "api_error", "param": None, "code": 502}
+        return b"event: error\ndata: " + msgspec.json.encode({"type": "error", "error": said}) + b"\n\n"
+    return b"data: " + error_body(message, "BadGatewayError", 502) + b"\n\n"
+
+
+def _tokens(path: str, fields: dict[str, msgspec.Raw]) -> int:
+    if path == COMPLETIONS:
+        return _prompt_tokens(fields.get("prompt", _NULL))
+    if path == CHAT:
+        return _chat_tokens(fields.get("messages", _NULL))
+    # The instructions stand beside what is said.
+    said, told = ("input", "instructions") if path == RESPONSES else ("messages", "system")
+    return sum(_either_tokens(fields[name]) for name in (said, told) if name in fields) or 1
+
+
+def _either_tokens(said: msgspec.Raw) -> int:
+    """Of a text, or of messages or the parts of one."""
+    return _prompt_tokens(said) if bytes(said).startswith(b'"') else _chat_tokens(said)
+
+
 def _prompt_tokens(prompt: msgspec.Raw) -> int:
     text = bytes(prompt)
     # Token ids are counted by their commas: a million-token prompt needs no million Python integers.
@@ -115,6 +139,9 @@ def _text_length(messages: Any) -> int:
     # Only text counts: an image sent inline as base64 would look like a prompt of a million tokens.
     total = 0
     for message in messages if isinstance(messages, list) else []:
+        # A part of a message stands where a message would: Anthropic's `system`.
+        part = message.get("text") if isinstance(message, dict) else None
+        total += len(part) if isinstance(part, str) else 0
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, str):
             total += len(content)

@@ -8,7 +8,8 @@ import msgspec
 
 from mooncake_connector.scheduler.proxy.sse import END
 
-_usage = re.compile(rb'"completion_tokens":\s*(\d+)')
+# Chats and completions say the one, responses and messages the other.
+_usage = re.compile(rb'"(?:completion|output)_tokens":\s*(\d+)')
 
 
 class PrefillTimes(msgspec.Struct, frozen=True):
@@ -54,7 +55,7 @@ class StreamCount:
 
     def feed(self, chunk: bytes) -> None:
         self._events += chunk.count(END)
-        if b'"completion_tokens"' in chunk and (found := _usage.findall(chunk)):
+        if b'_tokens"' in chunk and (found := _usage.findall(chunk)):
             self._said = int(found[-1])
 
     @property
@@ -64,6 +65,7 @@ class StreamCount:
 
 class _Usage(msgspec.Struct):
     completion_tokens: int = 0
+    output_tokens: int = 0
 
 
 class _Transfer(msgspec.Struct):
@@ -82,7 +84,7 @@ class WholeAnswer(msgspec.Struct):
 
     @property
     def tokens(self) -> int | None:
-        return self.usage.completion_tokens if self.usage else None
+        return (self.usage.completion_tokens or self.usage.output_tokens) if self.usage else None
 
     @property
     def decoding(self) -> float | None:

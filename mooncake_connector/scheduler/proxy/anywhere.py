@@ -1,0 +1,192 @@
+"""Endpoints that one engine serves by itself, without the conductor: whichever is least busy."""
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from http import HTTPStatus
+
+import aiohttp
+import msgspec
+from aiohttp import hdrs, web
+from multidict import CIMultiDict
+from yarl import URL
+
+from mooncake_connector.errors import MooncakeError
+from mooncake_connector.scheduler.engines.base import told
+from mooncake_connector.scheduler.engines.pool import Instance, Lease, Pool, Side
+from mooncake_connector.scheduler.proxy.answer import BROKEN, StreamBroken
+from mooncake_connector.scheduler.proxy.dispatch import EVENTS, UNREACHABLE
+from mooncake_connector.scheduler.proxy.errors import error_answer
+from mooncake_connector.scheduler.proxy.headers import forwarded, returned
+from mooncake_connector.scheduler.proxy.metrics import ProxyMetrics
+from mooncake_connector.scheduler.proxy.relay import relay
+from mooncake_connector.scheduler.proxy.stored import Stored
+
+PREFLIGHT = hdrs.ACCESS_CONTROL_REQUEST_METHOD
+
+
+class _Call(msgspec.Struct, frozen=True):
+    """What is asked of an engine."""
+
+    method: str
+    path: str
+    headers: CIMultiDict[str]
+    body: bytes
+
+
+class _Failed(MooncakeError):
+    """An engine failed before anything of its answer was sent; `response` is the 5xx that it gave."""
+
+    def __init__(self, message: str, response: web.Response | None = None) -> None:
+        super().__init__(message)
+        self.response = response
+
+
+class Anywhere:
+    """Relays requests to one engine, and to another one if that fails before its answer's first byte.
+
+    Args:
+        max_retries: further attempts.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        stored: Stored,
+        session: aiohttp.ClientSession,
+        metrics: ProxyMetrics,
+        *,
+        max_retries: int,
+    ) -> None:
+        self._pool = pool
+        self._stored = stored
+        self._session = session
+        self._metrics = metrics
+        self._attempts = 1 + max_retries
+
+    async def any(self, http: web.Request) -> web.StreamResponse:
+        """Served by an engine of either pool."""
+        return await self._serve(http, ("prefill", "decode"))
+
+    async def decode(self, http: web.Request) -> web.StreamResponse:
+        """Served by a decode engine."""
+        return await self._serve(http, ("decode",))
+
+    async def stored(self, http: web.Request) -> web.StreamResponse:
+        """Served by the decode engine that has the response which the path names."""
+        holder = await self._stored.holder(http.match_info["response_id"], forwarded(http))
+        return await self._serve(http, ("decode",), holder)
+
+    async def options(self, http: web.Request) -> web.StreamResponse:
+        """What may be asked here; browsers that ask for another page are answered as the engines do."""
+        if PREFLIGHT in http.headers:
+            return await self.any(http)
+        resource = http.match_info.route.resource
+        methods = sorted({route.method for route in resource}) if resource else []
+        return web.Response(status=204, headers={hdrs.ALLOW: ", ".join(methods)})
+
+    async def _serve(
+        self, http: web.Request, sides: Sequence[Side], first: Instance | None = None
+    ) -> web.StreamResponse:
+        began = time.perf_counter()
+        resource = http.match_info.route.resource
+        path = resource.canonical if resource else http.path
+        outcome = "cancelled"
+        try:
+            method = "GET" if http.method == "HEAD" else http.method
+            call = _Call(method, http.rel_url.raw_path_qs, forwarded(http), await http.read())
+            response, outcome = await self._attempt(http, call, sides, first)
+            return response
+        except web.HTTPRequestEntityTooLarge:
+            outcome = "client_error"
+            raise
+        finally:
+            self._metrics.requests.labels(path, outcome).inc()
+            self._metrics.duration.observe(time.perf_counter() - began)
+
+    async def _attempt(
+        self, http: web.Request, call: _Call, sides: Sequence[Side], first: Instance | None
+    ) -> tuple[web.StreamResponse, str]:
+        tried: set[str] = set()
+        failure: _Failed | None = None
+        while len(tried) < self._attempts:
+            instance = first or self._least_busy(sides, tried)
+            if instance is None:
+                break
+            first = None
+            if failure:
+                self._metrics.retries.labels(instance.side).inc()
+            tried.add(instance.url)
+            try:
+                with instance.lease(0) as lease:
+                    return await self._ask(http, call, instance, lease)
+            except _Failed as error:
+                failure = error
+        if failure is None:
+            states = "; ".join(f"{i.url}: {i.reason}" for i in self._pool if i.side in sides)
+            message = f"no {' or '.join(sides)} engine is usable ({states})"
+            return error_answer(503, message, "ServiceUnavailableError"), "no_engine"
+        return failure.response or error_answer(502, str(failure), "BadGatewayError"), "engine_error"
+
+    def _least_busy(self, sides: Sequence[Side], tried: set[str]) -> Instance | None:
+        shunned = self._pool.shunned() | tried
+        live = [instance for side in sides for instance in self._pool.live(side)]
+        fresh = [instance for instance in live if instance.url not in shunned]
+        return min(fresh, key=lambda instance: (instance.requests, instance.tokens), default=None)
+
+    async def _ask(
+        self, http: web.Request, call: _Call, instance: Instance, lease: Lease
+    ) -> tuple[web.StreamResponse, str]:
+        reply, first = await self._open(call, instance, lease)
+        headers = returned(reply.headers)
+        if not _streamed(reply):
+            answer = web.Response(status=reply.status, body=first, headers=headers)
+            return answer, "ok" if reply.status < 400 else "client_error"
+        response = web.StreamResponse(headers=headers)
+        try:
+            return response, await relay(http, response, _chunks(instance, lease, first, reply))
+        finally:
+            # Aborts the request there, if this is not the answer's end.
+            reply.close()
+
+    async def _open(
+        self, call: _Call, instance: Instance, lease: Lease
+    ) -> tuple[aiohttp.ClientResponse, bytes]:
+        """The answer, and its first bytes: all of them unless it is a stream."""
+        reply: aiohttp.ClientResponse | None = None
+        opened = False
+        try:
+            url = URL(instance.url + call.path, encoded=True)
+            reply = await self._session.request(
+                call.method, url, data=call.body or None, headers=call.headers, allow_redirects=False
+            )
+            first = await (reply.content.readany() if _streamed(reply) else reply.read())
+            # 501 is vLLM's way to say that the model can't do it: no other engine could.
+            if reply.status >= 500 and reply.status != HTTPStatus.NOT_IMPLEMENTED:
+                lease.failed(f"answered {reply.status}")
+                answer = web.Response(status=reply.status, body=first, headers=returned(reply.headers))
+                raise _Failed(f"{instance.url} answered {reply.status}", answer)
+            lease.served()
+            opened = True
+            return reply, first
+        except BROKEN as error:
+            lease.failed(told(error), gone=isinstance(error, UNREACHABLE))
+            raise _Failed(f"{instance.url} failed: {told(error)}") from None
+        finally:
+            if reply and not opened:
+                reply.close()
+
+
+def _streamed(reply: aiohttp.ClientResponse) -> bool:
+    return reply.status == 200 and reply.content_type == EVENTS
+
+
+async def _chunks(
+    instance: Instance, lease: Lease, first: bytes, reply: aiohttp.ClientResponse
+) -> AsyncIterator[bytes]:
+    yield first
+    try:
+        async for chunk in reply.content.iter_any():
+            yield chunk
+    except BROKEN as error:
+        lease.failed(told(error))
+        raise StreamBroken(f"{instance.url} broke off: {told(error)}") from None
