@@ -5,9 +5,9 @@
     python benchmarks/gpu.py --host        # the same code with host memory, where there is no GPU
 
 Each subject has a pair of processes of its own (initiator on the first GPU, target on the second) and 60 s
-for all that it measures. All start at once, then one at a time measures; ``peer_copy`` again and again.
-One that can't run, or fails, is reported with the reason and stops nobody else. `gpu_pair.py` says what is
-measured and how.
+for all that it measures, the sweep apart. All start at once, then one at a time measures; ``peer_copy`` again
+and again. One that can't run, or fails, is reported with the reason and stops nobody else. `gpu_pair.py` says
+what is measured and how.
 
 Subjects: cuda_ipc as it chooses by itself, cuda_ipc/kernel and cuda_ipc/copy_engine forced to one way, nixl
 (UCX's own choice), mooncake-nvlink; tcp with GPU memory at both ends, tcp-host with the host's. Limits:
@@ -78,23 +78,31 @@ GPU_SUBJECTS = (
 ON_HOST = ("socket", "tcp-host")
 """Have host memory also where there are GPUs."""
 HOST_SUBJECTS = ("memcpy", "process_vm", "nixl-host", "mooncake-tcp", "tcp", "socket")
-SWEEP: tuple[dict[str, int], ...] = (
+SWEEP: tuple[dict[str, float], ...] = (
     {},
-    *({"connections": n} for n in (1, 3, 4, 6, 8)),
-    *({"SEND_BUFFER_BYTES": n, "RECEIVE_BUFFER_BYTES": n} for n in (0, 212992)),
-    *({"UNLOAD_BYTES": n * KIB} for n in (512, 1024, 4096, 8192)),
+    {"connections": 4},
+    {"UNLOAD_BYTES": 8 * MIB},
+    {"connections": 4, "UNLOAD_BYTES": 8 * MIB},
+    {"slice_time_s": 1e-3},
+    {"max_bytes": 32 * MIB, "slice_time_s": 16e-3},
+    *({"connections": n} for n in (1, 3, 6, 8)),
+    *({"UNLOAD_BYTES": n * MIB} for n in (1, 4)),
+    *({"KERNEL_BLOCKS": n} for n in (2, 8, 16)),
+    {"KERNEL_RANGES": 1 << 20},
+    {"LOADS": 3},
+    {"LOAD_BYTES": 4 * MIB},
+    {"SEND_BUFFER_BYTES": 0, "RECEIVE_BUFFER_BYTES": 0},
+    {"SEND_BUFFER_BYTES": MIB, "RECEIVE_BUFFER_BYTES": MIB},
     {"UNLOADS": 2},
     {"UNLOADS": 5},
-    *({"LOAD_BYTES": n * MIB} for n in (1, 2, 4)),
-    {"LOADS": 3},
-    *({"KERNEL_BLOCKS": n} for n in (1, 2, 8, 16)),
-    {"KERNEL_RANGES": 1 << 20},
-    {"connections": 4, "UNLOAD_BYTES": MIB},
-    {"connections": 4, "LOAD_BYTES": 2 * MIB},
+    {"slice_time_s": 2e-3},
+    {"max_bytes": 16 * MIB, "slice_time_s": 8e-3},
 )
-"""Of tcp with GPU memory. Those in capitals are constants of its code. Sockets' buffers: 0 leaves them to the
-system, 212992 is what Linux allows as it comes. With so many KERNEL_RANGES all go by copy engines."""
-SWEEP_BYTES = 512 * MIB
+"""Of tcp with GPU memory; what tells most comes first. Names in capitals are constants of its code, others of
+`SlicePolicy`. Sockets' buffers: 0 leaves them to the system. With so many KERNEL_RANGES all go by copy
+engines."""
+SWEEP_BYTES, SWEEP_S = 256 * MIB, 3.0
+"""Moved at a time, and what one of them may take. One that hangs costs a transfer's limit, once."""
 PEERS = ("nixl", "mooncake-nvlink", "nixl-host", "mooncake-tcp")
 
 
@@ -145,14 +153,23 @@ def schedule(host: bool, quick: bool, nbytes: int) -> list[Task]:
 
 def sweep(nbytes: int) -> list[Task]:
     """tcp with other settings, in pages of 32 KiB."""
-    nbytes = min(nbytes, SWEEP_BYTES)
+    nbytes, case = min(nbytes, SWEEP_BYTES), {"page_bytes": PAGE}
     return [
-        Task("tcp", _label(settings), "staged_by_setting", {"page_bytes": PAGE}, PAGE, nbytes, dict(settings))
+        Task(
+            "tcp",
+            _label(settings),
+            "staged_by_setting",
+            case,
+            PAGE,
+            nbytes,
+            dict(settings),
+            patience_s=SWEEP_S,
+        )
         for settings in SWEEP
     ]
 
 
-def _label(settings: Mapping[str, int]) -> str:
+def _label(settings: Mapping[str, float]) -> str:
     return "tcp" + "".join(f" {name}={value}" for name, value in settings.items())
 
 
@@ -294,7 +311,9 @@ def run(
             began = time.monotonic()
             outcome: Outcome = broken.get(name, "")
             if not outcome:
-                limit = min(SUBJECT_S - spent[name], deadline - began)
+                limit = deadline - began
+                if not task.patience_s:
+                    limit = min(limit, SUBJECT_S - spent[name])
                 try:
                     outcome = processes[name].measure(asdict(task), limit)
                 except Failed as failed:

@@ -47,7 +47,7 @@ for name in "$@"; do
     case $name in
     tcp)
         limits
-        run tcp 130 benchmarks/gpu.py --only tcp tcp-host socket pinned_copy --sweep --limit 120 \
+        run tcp 105 benchmarks/gpu.py --only tcp tcp-host socket pinned_copy --sweep --limit 98 \
             --commit "$commit" --logs "$folder/tcp.log"
         ;;
     bytes)

@@ -17,7 +17,7 @@ import gpu  # noqa: E402
 import gpu_subjects  # noqa: E402
 import report  # noqa: E402
 from gpu_memory import POISON, CudaMemory, HostMemory, Move, content, scattered  # noqa: E402
-from gpu_pair import BLOCK, Task, two_at_a_time  # noqa: E402
+from gpu_pair import BLOCK, SAMPLES, Task, measure, two_at_a_time  # noqa: E402
 from gpu_processes import Failed, Measuring  # noqa: E402
 
 MIB = 1 << 20
@@ -106,6 +106,36 @@ def test_addresses_fill_the_memory() -> None:
     rows = gpu_subjects.descriptors(src, 4096, 3)
     assert rows.shape == (256, 3)
     assert rows[7].tolist() == [int(src[7]), 4096, 3]
+
+
+@pytest.mark.parametrize(("patience_s", "transfers"), [(0.0, None), (60.0, None), (0.1, 1)])
+def test_what_takes_too_long_is_measured_once(patience_s: float, transfers: int | None) -> None:
+    class Slow:
+        started = 0
+
+        def start(self, task: Task, move: object) -> object:
+            def begin(slot: int):
+                self.started += 1
+                return lambda: time.sleep(0.02)
+
+            return begin
+
+        def poison(self) -> None: ...
+
+        def has(self, move: object) -> bool:
+            return True
+
+        def cpu(self) -> float:
+            return 0.0
+
+    slow = Slow()
+    task = Task("tcp", "tcp", "staged", {}, 4096, 4096, patience_s=patience_s)
+    samples = measure(slow, task, MIB)["staged"]
+    assert samples[0] == pytest.approx(4096 / 0.02 / 1e9, rel=0.3)
+    if transfers is None:
+        assert len(samples) == SAMPLES
+    else:
+        assert (len(samples), slow.started) == (1, transfers)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

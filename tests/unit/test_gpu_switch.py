@@ -14,6 +14,7 @@ from aiohttp.test_utils import TestServer
 from benchmarks import gpu_switch
 from benchmarks.gpu_switch import Kept, label, parse, switch, use
 from mooncake_connector.config import ConnectorConfig
+from mooncake_connector.kv_transfer import dispatcher
 from mooncake_connector.kv_transfer.transport import receiver, staging, stream, wire
 from mooncake_connector.kv_transfer.transport.cuda import kernel
 from mooncake_connector.kv_transfer.transport.cuda.rail import CopyPolicy
@@ -107,6 +108,20 @@ def test_constants_are_set_wherever_they_are_used_and_set_back() -> None:
     assert now() == (load, load_again, unloads, buffer)
     with pytest.raises(ValueError, match="NOTHING_LIKE_IT"):
         tune({"NOTHING_LIKE_IT": 1})
+
+
+def test_slices_are_cut_as_told_and_then_as_before() -> None:
+    def now() -> tuple[float, int]:
+        policy = dispatcher.Dispatcher()._policy
+        return policy.slice_time_s, policy.max_bytes
+
+    before = now()
+    tune({"slice_time_s": 0.5, "max_bytes": 77})
+    assert now() == (0.5, 77)
+    tune({"slice_time_s": 0.25})
+    assert now() == (0.25, before[1])
+    tune({})
+    assert now() == before
 
 
 @pytest.mark.parametrize("option", [socket.SO_SNDBUF, socket.SO_RCVBUF])
