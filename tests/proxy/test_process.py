@@ -17,6 +17,7 @@ from mooncake_connector.scheduler.proxy.configuration import load
 from tests.proxy.conftest import free_port
 from tests.proxy.fakes import MODEL, FakeEngine, events
 
+LEAVE = {"MOONCAKE_PROXY_LEAVE_SECONDS": "0"}
 COMMAND = [sys.executable, "-m", "mooncake_connector.cli", "proxy"]
 P, D = "http://127.0.0.1:1", "http://127.0.0.1:2"
 
@@ -33,7 +34,7 @@ async def engines() -> AsyncIterator[tuple[FakeEngine, FakeEngine]]:
 
 async def _spawn(*options: str, **environ: str) -> tuple[asyncio.subprocess.Process, str]:
     process = await asyncio.create_subprocess_exec(
-        *COMMAND, "--port", "0", *options, stdout=subprocess.PIPE, env=os.environ | environ
+        *COMMAND, "--port", "0", *options, stdout=subprocess.PIPE, env=os.environ | LEAVE | environ
     )
     assert process.stdout
     line = await asyncio.wait_for(process.stdout.readline(), 10)

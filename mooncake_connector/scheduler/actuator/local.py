@@ -130,7 +130,8 @@ class LocalProxy(LocalProcess):
             [*server, *args],
             name=name,
             port=port,
-            env={**os.environ, **(env or {})},
+            # No load balancer is before it.
+            env={"MOONCAKE_PROXY_LEAVE_SECONDS": "0", **os.environ, **(env or {})},
             logs=logs,
         )
 

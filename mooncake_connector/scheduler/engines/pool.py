@@ -46,15 +46,21 @@ class Lease:
 
     Args:
         tokens: of its prompt.
+
+    Attributes:
+        give_up: called while its engine fails its health checks, with the seconds since they fail; ends what
+            waits for the engine. None: nothing waits.
     """
 
     def __init__(self, instance: "Instance", tokens: int) -> None:
+        self.give_up: Callable[[float], None] | None = None
         self._instance = instance
         self._tokens = tokens
         self._held = True
         self._began = instance.clock()
         instance.requests += 1
         instance.tokens += tokens
+        instance.leases.add(self)
         instance.breaker.begin(self._began)
 
     def served(self) -> None:
@@ -72,6 +78,7 @@ class Lease:
             self._held = False
             self._instance.requests -= 1
             self._instance.tokens -= self._tokens
+            self._instance.leases.discard(self)
             self._instance.ended_one()
 
     def __enter__(self) -> Self:
@@ -89,7 +96,7 @@ class Instance:
         up: it answers, and fits its pool.
         draining: no request is to go there any more.
         removed: it is in no pool any more.
-        requests: in flight there, of `tokens` prompt tokens in all.
+        requests: in flight there, of `tokens` prompt tokens in all; `leases` are theirs.
         transfers: prompts computed there whose KV decode may not have got yet.
     """
 
@@ -106,6 +113,7 @@ class Instance:
         self.requests = 0
         self.tokens = 0
         self.transfers = 0
+        self.leases: set[Lease] = set()
         self.breaker = Breaker()
         self.suspicion = asyncio.Event()
         self._empty = asyncio.Event()
@@ -138,6 +146,12 @@ class Instance:
         while self.requests or self.transfers:
             self._empty.clear()
             await self._empty.wait()
+
+    def give_up(self, down: float) -> None:
+        """It fails its health checks for so many seconds: whoever waits for it waits in vain."""
+        for lease in tuple(self.leases):
+            if lease.give_up:
+                lease.give_up(down)
 
     def ended_one(self) -> None:
         """Something in flight ended."""

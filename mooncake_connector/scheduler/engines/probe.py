@@ -23,6 +23,7 @@ class Prober:
     Args:
         check_seconds: pause between two health checks.
         probe_seconds: age at which an idle engine's last probe is renewed.
+        down_seconds: how long an engine may fail its health checks before its requests are given up.
     """
 
     def __init__(
@@ -33,12 +34,14 @@ class Prober:
         *,
         check_seconds: float,
         probe_seconds: float,
+        down_seconds: float,
     ) -> None:
         self._pool = pool
         self._engine = engine
         self._session = session
         self._check_seconds = check_seconds
         self._probe_seconds = probe_seconds
+        self._down_seconds = down_seconds
         self._tasks: dict[Instance, asyncio.Task[None]] = {}
         self._unsubscribe: Callable[[], None] = lambda: None
 
@@ -67,6 +70,7 @@ class Prober:
         started = said = clock()
         probed = float("-inf")
         misses = 0
+        well = clock()
         while True:
             idle = instance.requests == 0 and clock() - probed > self._probe_seconds
             try:
@@ -86,6 +90,10 @@ class Prober:
             except Exception:
                 log.exception("check of %s failed", instance.url)
                 instance.mark_down("the proxy's own check failed; see its log")
+            if instance.up or not instance.requests:
+                well = clock()
+            elif clock() - well >= self._down_seconds and not await self._answers(instance):
+                instance.give_up(self._down_seconds)
             if not instance.info and clock() - said > WAITING_LOG_SECONDS:
                 said = clock()
                 log.info("waiting for %s %s since %.0f s", instance.side, instance.url, said - started)
@@ -96,3 +104,11 @@ class Prober:
                 await asyncio.sleep(min(0.1, pause))
             except TimeoutError:
                 pass
+
+    async def _answers(self, instance: Instance) -> bool:
+        """Whether it is well but for the probe, as an engine is that has too much to do."""
+        try:
+            await self._engine.health(self._session, instance.url)
+        except EngineUnready:
+            return False
+        return True

@@ -10,6 +10,7 @@ from mooncake_connector.errors import MooncakeError
 from mooncake_connector.scheduler.engines.base import told
 from mooncake_connector.scheduler.engines.pool import Lease
 from mooncake_connector.scheduler.policy.base import Rejected
+from mooncake_connector.scheduler.proxy.deadlines import Stall
 from mooncake_connector.scheduler.proxy.first_token import Early, Mismatch, Splice
 from mooncake_connector.scheduler.proxy.journey import Journey
 from mooncake_connector.scheduler.proxy.progress import StreamCount, read_whole
@@ -17,6 +18,7 @@ from mooncake_connector.scheduler.proxy.rejection import explain
 from mooncake_connector.scheduler.proxy.timeline import Timeline
 
 BROKEN = (aiohttp.ClientError, OSError, TimeoutError)
+UNREACHABLE = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -62,6 +64,9 @@ class PrefillFailed(MooncakeError):
 class Answer:
     """Decode's answer, open. `first` is all of it unless `streamed`. Close it, always.
 
+    Args:
+        silence: seconds after which a stream that says nothing is cut.
+
     Attributes:
         transfer_id: names it to both engines' connectors; empty if decode serves alone.
         early: what `first` is, if it is prefill's first token.
@@ -77,6 +82,7 @@ class Answer:
         first: bytes,
         streamed: bool,
         lease: Lease,
+        silence: float,
         timeline: Timeline,
         reading: asyncio.Task[bytes] | None = None,
         early: Early | None = None,
@@ -94,6 +100,7 @@ class Answer:
         self.again: Callable[[str], Awaitable[Answer]] | None = None
         self._reply = reply
         self._lease = lease
+        self._stall = Stall(silence, reply.close)
         self._timeline = timeline
         self._reading = reading
         self._second: Answer | None = None
@@ -130,20 +137,30 @@ class Answer:
             raise StreamBroken(f"{failure}; and again: {error}") from None
 
     async def _read(self) -> AsyncIterator[bytes]:
+        stall = self._stall
+        stall.start()
+        self._lease.give_up = stall.give_up
         try:
+            stall.waiting = True
             if self._reading:
                 first = await self._reading
                 self.taken()
                 self._timeline.mark("decode_first")
                 self._counted(first)
+                stall.waiting = False
                 yield first
+                stall.waiting = True
             async for chunk in self._reply.content.iter_any():
                 self._counted(chunk)
+                stall.waiting = False
+                stall.turns += 1
                 yield chunk
+                stall.waiting = True
             self._timeline.mark("decode_end")
         except BROKEN as error:
-            self._lease.failed(told(error))
-            raise StreamBroken(f"decode {self.choice.decode} broke off: {told(error)}") from None
+            said = "it said nothing for too long" if stall.over else told(error)
+            self._lease.failed(said)
+            raise StreamBroken(f"decode {self.choice.decode} broke off: {said}") from None
 
     def _counted(self, chunk: bytes) -> None:
         self._count.feed(chunk)
@@ -151,6 +168,7 @@ class Answer:
 
     def close(self, *, whole: bool = False) -> None:
         """Let go of the engine; an answer that isn't at its end (`whole`) is aborted there."""
+        self._stall.stop()
         self._lease.release()
         self.taken()
         self._tell(whole and self.status == 200)

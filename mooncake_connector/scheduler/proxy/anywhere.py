@@ -13,12 +13,12 @@ from yarl import URL
 from mooncake_connector.errors import MooncakeError
 from mooncake_connector.scheduler.engines.base import told
 from mooncake_connector.scheduler.engines.pool import Instance, Lease, Pool, Side
-from mooncake_connector.scheduler.proxy.answer import BROKEN, StreamBroken
-from mooncake_connector.scheduler.proxy.dispatch import EVENTS, UNREACHABLE
+from mooncake_connector.scheduler.proxy.answer import BROKEN, UNREACHABLE, StreamBroken
 from mooncake_connector.scheduler.proxy.errors import error_answer
 from mooncake_connector.scheduler.proxy.headers import forwarded, returned
 from mooncake_connector.scheduler.proxy.metrics import ProxyMetrics
 from mooncake_connector.scheduler.proxy.relay import relay
+from mooncake_connector.scheduler.proxy.sse import EVENTS
 from mooncake_connector.scheduler.proxy.stored import Stored
 
 PREFLIGHT = hdrs.ACCESS_CONTROL_REQUEST_METHOD

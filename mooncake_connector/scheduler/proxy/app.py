@@ -22,12 +22,14 @@ from mooncake_connector.scheduler.prompts.tokens import Tokens
 from mooncake_connector.scheduler.proxy.anywhere import Anywhere
 from mooncake_connector.scheduler.proxy.arrivals import Arrivals
 from mooncake_connector.scheduler.proxy.conductor_metrics import ConductorMetrics
+from mooncake_connector.scheduler.proxy.deadlines import Deadlines
 from mooncake_connector.scheduler.proxy.dispatch import Dispatcher
 from mooncake_connector.scheduler.proxy.endpoints import ANY, DECODE, DECODE_ALONE, DISAGGREGATED, STORED
 from mooncake_connector.scheduler.proxy.errors import Handler, openai_errors
 from mooncake_connector.scheduler.proxy.generate import Generation
 from mooncake_connector.scheduler.proxy.headers import stamp
 from mooncake_connector.scheduler.proxy.metrics import ProxyMetrics
+from mooncake_connector.scheduler.proxy.retry_budget import RetryBudget
 from mooncake_connector.scheduler.proxy.settings import ProxySettings
 from mooncake_connector.scheduler.proxy.steering import Steering
 from mooncake_connector.scheduler.proxy.stored import Stored
@@ -42,12 +44,17 @@ class Proxy:
     Args:
         settings: what to run with.
         engine: how engines are driven; vLLM unless given.
+
+    Attributes:
+        draining: ``/health`` says 503, though all is served.
     """
 
     def __init__(self, settings: ProxySettings, engine: Engine | None = None) -> None:
         self.settings = settings
+        self.draining = False
         self.pool = Pool(settings.prefill, settings.decode)
-        self.metrics = ProxyMetrics(self.pool)
+        self.budget = RetryBudget(settings.retry_share)
+        self.metrics = ProxyMetrics(self.pool, self.budget)
         self.index = PrefixIndex()
         self.estimators = Estimators()
         self.conductor = Conductor(settings.scheduling, self.index, self.estimators)
@@ -82,6 +89,10 @@ class Proxy:
                 order="serial" if settings.scheduling.admission == "baseline" else settings.order,
                 first_token=settings.first_token,
                 max_retries=settings.max_retries,
+                budget=self.budget,
+                deadlines=Deadlines(
+                    settings.prefill_timeout, settings.first_byte_timeout, settings.chunk_timeout
+                ),
             )
             prober = Prober(
                 self.pool,
@@ -89,6 +100,7 @@ class Proxy:
                 self._session,
                 check_seconds=settings.check_seconds,
                 probe_seconds=settings.probe_seconds,
+                down_seconds=settings.down_timeout,
             )
             runner = web.AppRunner(
                 self._application(),
@@ -185,9 +197,10 @@ class Proxy:
         return {name for instance in self.pool if instance.info for name in instance.info.adapters}
 
     async def _health(self, _: web.Request) -> web.StreamResponse:
-        healthy = self.pool.paired()
+        healthy = self.pool.paired() and not self.draining
+        state = "ok" if self.pool.paired() else "degraded" if self.pool.live("decode") else "down"
         report = {
-            "status": "ok" if healthy else "degraded" if self.pool.live("decode") else "down",
+            "status": "draining" if self.draining else state,
             "prefill": [instance.report() for instance in self.pool.prefill],
             "decode": [instance.report() for instance in self.pool.decode],
             "mismatches": self.pool.mismatches(),

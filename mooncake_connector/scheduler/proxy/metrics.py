@@ -1,9 +1,10 @@
 """The proxy's Prometheus metrics, in a registry of their own."""
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from mooncake_connector.scheduler.engines.pool import Pool
 from mooncake_connector.scheduler.proxy.pool_metrics import PoolMetrics
+from mooncake_connector.scheduler.proxy.retry_budget import RetryBudget
 
 SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
 
@@ -11,7 +12,7 @@ SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 4
 class ProxyMetrics:
     """Counters the handlers move, and what `PoolMetrics` reads from the pool when scraped."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, budget: RetryBudget) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "mooncake_proxy_requests",
@@ -57,6 +58,14 @@ class ProxyMetrics:
             ["side"],
             registry=self.registry,
         )
+        self.retries_refused = Counter(
+            "mooncake_proxy_retries_refused",
+            "Further attempts that the retry budget did not allow.",
+            registry=self.registry,
+        )
+        Gauge(
+            "mooncake_proxy_retry_budget", "Further attempts that may be made now.", registry=self.registry
+        ).set_function(lambda: budget.left)
         self.prefill_skipped = Counter(
             "mooncake_proxy_prefill_skipped",
             "Requests that decode served alone, by reason.",

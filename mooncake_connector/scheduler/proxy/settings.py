@@ -81,7 +81,9 @@ class ProxySettings(msgspec.Struct, frozen=True, kw_only=True):
         admin_port: port that the admin API listens on; 0 takes a free one.
         order: ``concurrent`` sends to prefill and decode at once; ``serial`` hands P's answer to D.
         first_token: ``decode`` sends it, or ``prefill`` where that is exact: earlier by the hand-over.
-        max_retries: further decode attempts while nothing was streamed.
+        max_retries: further attempts of a request while nothing was streamed.
+        retry_share: further attempts that all requests together may have beyond a reserve of 500, as a share
+            of their number: an outage must not become a storm.
         max_body_mib: largest request body, MiB, once it is decompressed.
         max_header_kib: largest request line and largest header line, KiB; of lines there may be 128.
         max_connections: clients' connections at a time; more are told 503 and closed.
@@ -92,7 +94,16 @@ class ProxySettings(msgspec.Struct, frozen=True, kw_only=True):
         probe_seconds: pause between two one-token probes of an idle engine.
         probe_timeout: how long a probe may take, seconds.
         connect_timeout: how long a TCP connect to an engine may take, seconds.
-        drain_seconds: how long running answers may take after SIGTERM.
+        prefill_timeout: how long prefill may take to answer, seconds, beside ten times what was predicted.
+        first_byte_timeout: how long decode may take to its first byte once prefill is done, seconds, beside
+            ten times what was predicted, and a second for each token of an answer that is not streamed.
+        chunk_timeout: how long a decode engine may say nothing in the middle of a stream, seconds.
+        client_timeout: how long a client may take nothing of its stream, seconds; then it is cut off.
+        down_timeout: how long an engine may fail its health checks, seconds, until what waits for it is
+            tried on another one, or ended.
+        leave_seconds: how long after SIGTERM all is served as before, while ``/health`` says 503 so that load
+            balancers leave; SIGINT does without.
+        drain_seconds: how long running answers may take after that.
         engine_api_key: for engines started with ``--api-key``: sent with the proxy's own probes, and with
             `require_key` in place of the client's key.
         log_level: ``debug``, ``info``, ``warning`` or ``error``.
@@ -120,6 +131,7 @@ class ProxySettings(msgspec.Struct, frozen=True, kw_only=True):
     order: Literal["concurrent", "serial"] = "concurrent"
     first_token: Literal["decode", "prefill"] = "decode"
     max_retries: int = 2
+    retry_share: float = 0.2
     max_body_mib: int = 64
     max_header_kib: int = 16
     max_connections: int = 10000
@@ -130,6 +142,12 @@ class ProxySettings(msgspec.Struct, frozen=True, kw_only=True):
     probe_seconds: float = 30.0
     probe_timeout: float = 30.0
     connect_timeout: float = 5.0
+    prefill_timeout: float = 300.0
+    first_byte_timeout: float = 300.0
+    chunk_timeout: float = 300.0
+    client_timeout: float = 120.0
+    down_timeout: float = 30.0
+    leave_seconds: float = 5.0
     drain_seconds: float = 30.0
     engine_api_key: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -162,6 +180,7 @@ RANGES: Mapping[type[msgspec.Struct], Mapping[str, Range]] = {
         "port": (0, 65535),
         "admin_port": (0, 65535),
         "max_retries": (0, 10),
+        "retry_share": (0, 10),
         "max_body_mib": (1, 4096),
         "max_header_kib": (1, 1024),
         "max_connections": (1, None),
@@ -172,6 +191,12 @@ RANGES: Mapping[type[msgspec.Struct], Mapping[str, Range]] = {
         "probe_seconds": (0.01, None),
         "probe_timeout": (0.01, None),
         "connect_timeout": (0.01, None),
+        "prefill_timeout": (0.01, None),
+        "first_byte_timeout": (0.01, None),
+        "chunk_timeout": (0.01, None),
+        "client_timeout": (0.01, None),
+        "down_timeout": (0.01, None),
+        "leave_seconds": (0, None),
         "drain_seconds": (0, None),
     },
     Scheduling: {

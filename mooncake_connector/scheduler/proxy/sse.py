@@ -1,5 +1,6 @@
 """Server-sent events, as much of them as vLLM's streams use."""
 
+EVENTS = "text/event-stream"
 END = b"\n\n"
 DONE = b"data: [DONE]"
 
