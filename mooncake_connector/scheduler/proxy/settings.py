@@ -174,6 +174,13 @@ class ProxySettings(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"{spelled(missing)} is missing: {spelled(given)} needs it")
 
 
+class InForce:
+    """The settings that count now: a reload puts others in their place."""
+
+    def __init__(self, settings: ProxySettings) -> None:
+        self.settings = settings
+
+
 Range = tuple[float, float | None]
 RANGES: Mapping[type[msgspec.Struct], Mapping[str, Range]] = {
     ProxySettings: {
@@ -258,12 +265,13 @@ def check_url(name: str, url: str) -> None:
         fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         fine = False
-    if fine and "@" in parts.netloc:
+    if fine and ("@" in parts.netloc or parts.query or parts.fragment):
+        # They may hold a key: they are not repeated.
         raise ConfigError(
-            f"{name}: leave user and password out of the engine URL at {parts.netloc.rpartition('@')[2]}; "
+            f"{name}: leave user, password, query and fragment out of the engine's URL, http://HOST:PORT; "
             f"a key for the engines goes into {PREFIX}ENGINE_API_KEY"
         )
-    if not fine or parts.query or parts.fragment:
+    if not fine or not url.isascii() or not url.isprintable() or " " in url:
         raise ConfigError(f"{name}: {url!r} is no engine URL; write it as http://HOST:PORT")
     if parts.path.rstrip("/").endswith("/v1"):
         raise ConfigError(f"{name}: leave /v1 out of {url!r}; the proxy adds the path itself")

@@ -1,0 +1,39 @@
+"""A request's body, no larger and no slower than it may be."""
+
+import asyncio
+
+from aiohttp import web
+
+from mooncake_connector.scheduler.proxy.settings import InForce
+
+IN_FORCE = web.AppKey("in_force", InForce)
+
+
+async def read_body(http: web.Request) -> bytes:
+    """The whole body, decompressed.
+
+    Raises:
+        web.HTTPRequestEntityTooLarge: it is larger than `max_body_mib`; no more than that is read.
+        web.HTTPRequestTimeout: it did not come within `body_seconds`.
+    """
+    settings = http.app[IN_FORCE].settings
+    limit = settings.max_body_mib << 20
+    content = http.content
+    body = bytearray()
+    if (http.content_length or 0) > limit:
+        raise _too_large(settings.max_body_mib)
+    try:
+        async with asyncio.timeout(settings.body_seconds):
+            while chunk := await content.readany():
+                body += chunk
+                if len(body) > limit:
+                    raise _too_large(settings.max_body_mib)
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(
+            text=f"the request's body did not come within {settings.body_seconds:g} s"
+        ) from None
+    return bytes(body)
+
+
+def _too_large(mib: int) -> web.HTTPRequestEntityTooLarge:
+    return web.HTTPRequestEntityTooLarge(mib << 20, text=f"the request's body is larger than {mib} MiB")
