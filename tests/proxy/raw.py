@@ -1,6 +1,7 @@
 """HTTP by hand: what no library would send, and a reader that accepts nothing but what is well-formed."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -132,6 +133,7 @@ class RawEngine(FakeEngine):
         super().__init__(role, **probe)
         self.scripts: list[Script] = [] if scripts is None else scripts
         self.always: Script = usual
+        self.sampled = 7
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
 
@@ -229,11 +231,9 @@ def streamed(answer: bytes) -> tuple[str, bool, dict[str, Any] | None]:
         elif event.startswith('data: {"error"'):
             error = json.loads(event[6:])["error"]
         elif event.startswith("data: {") and error is None:
-            try:
-                found = json.loads(event[6:])
-            except json.JSONDecodeError:
-                continue  # an engine's own garbage, or an event that broke off before the error's
-            said += "".join(choice.get("text") or "" for choice in found.get("choices", []))
+            # An engine's own garbage, or an event that broke off before the error's, is of no interest.
+            with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError, AttributeError):
+                said += json.loads(event[6:])["choices"][0]["text"]
     assert not (done and error)
     return said, done, error
 
@@ -256,30 +256,26 @@ def left(setting: Setting) -> list[str]:
         "futures": proxy.steering._waiting,
     }
     found += [f"{name}: {held}" for name, held in books.items() if held]
-    found += [f"task {task.get_coro()}" for task in asyncio.all_tasks() if _serves(task)]
     for engine in engines(setting.prefill, setting.decode):
         found += [f"{engine.url}: {call.path}" for call in engine.calls if not call.over.is_set()]
     return found
 
 
+def tasks() -> list[str]:
+    """What runs for requests of any proxy in this process."""
+    return [f"task {task.get_coro()}" for task in asyncio.all_tasks() if _serves(task)]
+
+
 def _serves(task: asyncio.Task[Any]) -> bool:
-    """Whether a task belongs to one request of the proxy."""
     name = getattr(task.get_coro(), "__qualname__", "")
-    return name.split(".")[0] in (
-        "Dispatcher",
-        "Aside",
-        "Copies",
-        "Answer",
-        "Generation",
-        "StreamReader.readany",
-    )
+    return name.split(".")[0] in ("Dispatcher", "Attempt", "Aside", "Copies", "Answer", "StreamReader")
 
 
-async def nothing_left(setting: Setting, within: float = 3.0) -> None:
-    """Fails unless all accounts come to zero in time."""
+async def nothing_left(setting: Setting, within: float = 3.0, *, alone: bool = True) -> None:
+    """Fails unless all accounts come to zero in time; `alone`: no other proxy has requests."""
     try:
         async with asyncio.timeout(within):
-            while left(setting):  # noqa: ASYNC110
+            while left(setting) or (alone and tasks()):  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
     except TimeoutError:
-        raise AssertionError(left(setting)) from None
+        raise AssertionError(left(setting) + tasks() * alone) from None

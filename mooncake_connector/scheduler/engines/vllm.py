@@ -7,7 +7,15 @@ import aiohttp
 import msgspec
 
 from mooncake_connector.scheduler.engines.base import EngineInfo, EngineUnready, told
-from mooncake_connector.scheduler.proxy.openai import CHAT, COMPLETIONS, MESSAGES, RESPONSES, ClientRequest
+from mooncake_connector.scheduler.proxy.openai import (
+    CHAT,
+    COMPLETIONS,
+    MESSAGES,
+    RESPONSES,
+    UNREADABLE,
+    ClientRequest,
+    error_body,
+)
 
 # They shape the answer, not the prompt: prefill's one token is dropped, so it need not compute them.
 # response_format is not among them: some chat templates render it.
@@ -84,7 +92,7 @@ class VllmEngine:
             )
             model = models["data"][0]["id"]
             adapters = tuple(each["id"] for each in models["data"] if each.get("parent"))
-        except (msgspec.DecodeError, LookupError, TypeError, AttributeError):
+        except (*UNREADABLE, LookupError, TypeError, AttributeError):
             raise EngineUnready(f"{url}/v1/models names no model: is this a vLLM server?") from None
         body = {"model": model, "prompt": [0], "max_tokens": 1, "kv_transfer_params": {"probe": True}}
         answer = await self._call(session, "POST", f"{url}{COMPLETIONS}", self._probe_timeout, body)
@@ -164,7 +172,7 @@ class VllmEngine:
     def prefill_params(self, answer: bytes) -> dict[str, Any] | None:
         try:
             found = msgspec.json.decode(answer)
-        except msgspec.DecodeError:
+        except UNREADABLE:
             return None
         params = found.get("kv_transfer_params") if isinstance(found, dict) else None
         return params if isinstance(params, dict) and params else None
@@ -180,8 +188,14 @@ class VllmEngine:
         if not event:
             return None
         said: bytes = event[1] or event[2]
-        code = _error_code.search(said)
-        return int(code[1]) if code else 500, said
+        found = _error_code.search(said)
+        code = int(found[1]) if found and found[1][:1] in b"45" else 500
+        try:
+            msgspec.json.decode(said)
+        except UNREADABLE:
+            # It came in pieces, or is none.
+            return code, error_body(said.decode(errors="replace"), "EngineError", code)
+        return code, said
 
     async def _call(
         self,
@@ -192,7 +206,9 @@ class VllmEngine:
         body: dict[str, Any] | None = None,
     ) -> bytes:
         try:
-            async with session.request(method, url, json=body, headers=self._headers, timeout=limit) as reply:
+            async with session.request(
+                method, url, json=body, headers=self._headers, timeout=limit, allow_redirects=False
+            ) as reply:
                 answer = await reply.read()
         except TimeoutError:
             raise EngineUnready(f"{url} did not answer within {limit.total:g} s") from None

@@ -43,6 +43,8 @@ class Aside:
         own = {k: v for k, v in headers.items() if k.lower() != "x-request-id"}
         with contextlib.suppress(*BROKEN):
             async with asyncio.timeout(within):
-                async with self._session.post(url + COMPLETIONS, data=body, headers=own) as reply:
+                async with self._session.post(
+                    url + COMPLETIONS, data=body, headers=own, allow_redirects=False
+                ) as reply:
                     return await reply.read()
         return b""

@@ -116,7 +116,9 @@ class Copies:
             self._done(source.url, target.url, copy.missing, clock() - began)
 
     async def _post(self, url: str, body: bytes, headers: Mapping[str, str]) -> None:
-        async with self._session.post(url + COMPLETIONS, data=body, headers=headers) as reply:
+        async with self._session.post(
+            url + COMPLETIONS, data=body, headers=headers, allow_redirects=False
+        ) as reply:
             said = await reply.read()
             if reply.status != 200:
                 raise _Refused(f"{url} answered {reply.status}: {said[:200].decode(errors='replace')}")

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from mooncake_connector.errors import MooncakeError
-from mooncake_connector.scheduler.proxy.openai import CHAT, COMPLETIONS, ClientRequest
+from mooncake_connector.scheduler.proxy.openai import CHAT, COMPLETIONS, UNREADABLE, ClientRequest
 from mooncake_connector.scheduler.proxy.sse import DONE, END, Events
 
 _DATA = b"data: "
@@ -78,11 +78,10 @@ class EarlyReader:
     def feed(self, event: bytes) -> Early | None:
         """The token, if this event carries it and the client may have it already."""
         found = _parse(event)
-        if not (choices := found.get("choices")):
+        if not (choice := _choice(found)):
             return None
-        choice = choices[0]
         said = _said(choice)
-        texts = [name for name in _TEXTS if said.get(name)]
+        texts = [name for name in _TEXTS if _text(said, name)]
         if not texts and said.get("role"):
             self._role = event
             return None
@@ -95,7 +94,7 @@ class EarlyReader:
         choice["finish_reason"] = None
         choice.pop("stop_reason", None)
         found.pop("system_fingerprint", None)
-        return Early(self._role + _event(found), texts[0], said[texts[0]], found.get("created", 0))
+        return Early(self._role + _event(found), texts[0], said[texts[0]], _created(found))
 
 
 class Splice:
@@ -140,15 +139,14 @@ class Splice:
         found = _parse(event)
         if error := found.get("error"):
             raise Mismatch(f"decode failed: {error.get('message') if isinstance(error, dict) else error}")
-        if not (choices := found.get("choices")):
+        if not (choice := _choice(found)):
             return event
-        if (created := found.get("created", 0)) != self._early.created:
+        if (created := _created(found)) != self._early.created:
             self._relabel = (b'"created":%d,' % created, b'"created":%d,' % self._early.created)
             found["created"] = self._early.created
-        choice = choices[0]
         said = _said(choice)
         for name in _TEXTS:
-            if text := said.get(name):
+            if text := _text(said, name):
                 said[name] = self._drop(name, text)
         ends = choice.get("finish_reason") is not None
         if ends and self._due:
@@ -167,6 +165,23 @@ class Splice:
         return text[len(due) :]
 
 
+def _choice(found: dict[str, Any]) -> dict[str, Any]:
+    """An event's first choice, empty if it has none."""
+    choices = found.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    return choice if isinstance(choice, dict) else {}
+
+
+def _text(said: dict[str, Any], name: str) -> str:
+    text = said.get(name)
+    return text if isinstance(text, str) else ""
+
+
+def _created(found: dict[str, Any]) -> int:
+    created = found.get("created")
+    return created if type(created) is int else 0
+
+
 def _said(choice: dict[str, Any]) -> dict[str, Any]:
     """Where a choice's text is: a completion has it in itself."""
     delta = choice.get("delta")
@@ -176,7 +191,7 @@ def _said(choice: dict[str, Any]) -> dict[str, Any]:
 def _parse(event: bytes) -> dict[str, Any]:
     try:
         found = msgspec.json.decode(event.removeprefix(_DATA))
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -12,6 +12,8 @@ RESPONSES = "/v1/responses"
 MESSAGES = "/v1/messages"
 CHARS_PER_TOKEN = 4
 
+# What reading JSON may raise that somebody else wrote.
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 TRANSFER = "kv_transfer_params"
 XARGS = "vllm_xargs"
 _NULL = msgspec.Raw(b"null")
@@ -59,7 +61,7 @@ class ClientRequest(msgspec.Struct, frozen=True):
         """The decoded value of a field, None if absent (or beyond what JSON allows)."""
         try:
             return msgspec.json.decode(self.fields[name]) if name in self.fields else None
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except UNREADABLE:
             return None
 
 
@@ -74,7 +76,7 @@ def read_fields(raw: bytes) -> dict[str, msgspec.Raw]:
         if not raw.isascii():
             raw.decode()  # strings that stay encoded are not looked into otherwise
         fields = _fields.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise BadRequest(f"the request body is not a JSON object: {error}") from None
     # Looked at encoded: what the proxy's decoder refuses, a number too large, the engine's may take.
     if bytes(fields.get(TRANSFER, _NULL)) != b"null":

@@ -2,14 +2,21 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
+from mooncake_connector.scheduler.proxy.openai import UNREADABLE
 from mooncake_connector.scheduler.proxy.sse import END
 
 # Chats and completions say the one, responses and messages the other.
-_usage = re.compile(rb'"(?:completion|output)_tokens":\s*(\d+)')
+_usage = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,9})\b')
+
+# More than any engine's; larger numbers are no counts.
+MOST_TOKENS = 1 << 31
+# Seconds: nothing that is told of here takes a week.
+LONGEST = 7 * 24 * 3600.0
+Count = Annotated[int, msgspec.Meta(ge=0, le=MOST_TOKENS)]
 
 
 class PrefillTimes(msgspec.Struct, frozen=True):
@@ -38,7 +45,7 @@ class PrefillTimes(msgspec.Struct, frozen=True):
         return cls(
             _passed(received, scheduled),
             _passed(scheduled, prefilled),
-            cached if isinstance(cached, int) else None,
+            cached if type(cached) is int and 0 <= cached <= MOST_TOKENS else None,
         )
 
 
@@ -64,8 +71,8 @@ class StreamCount:
 
 
 class _Usage(msgspec.Struct):
-    completion_tokens: int = 0
-    output_tokens: int = 0
+    completion_tokens: Count = 0
+    output_tokens: Count = 0
 
 
 class _Transfer(msgspec.Struct):
@@ -101,11 +108,12 @@ def read_whole(body: bytes) -> WholeAnswer:
     """Nothing in it if it is no such answer."""
     try:
         return _whole.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         return WholeAnswer()
 
 
 def _passed(begin: Any, end: Any) -> float | None:
-    if isinstance(begin, int | float) and isinstance(end, int | float) and end >= begin:
-        return float(end - begin)
-    return None
+    if not (isinstance(begin, int | float) and isinstance(end, int | float)):
+        return None
+    passed = float(end) - float(begin)
+    return passed if 0 <= passed <= LONGEST else None

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from mooncake_connector.scheduler.proxy.metrics import ProxyMetrics
+from mooncake_connector.scheduler.proxy.openai import UNREADABLE
 from mooncake_connector.scheduler.proxy.sse import DONE, END, Events
 
 HEADER = "x-mooncake-timeline"
@@ -62,9 +63,10 @@ def into_answer(body: bytes, timeline: dict[str, Any]) -> bytes:
     """A whole answer with the timeline in its ``kv_transfer_params``; as it was if it is no JSON object."""
     try:
         answer = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return body
     if not isinstance(answer, dict):
         return body
-    answer["kv_transfer_params"] = (answer.get("kv_transfer_params") or {}) | {"timeline": timeline}
+    params = answer.get("kv_transfer_params")
+    answer["kv_transfer_params"] = (params if isinstance(params, dict) else {}) | {"timeline": timeline}
     return msgspec.json.encode(answer)
