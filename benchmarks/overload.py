@@ -69,7 +69,7 @@ class Sent(msgspec.Struct, kw_only=True):
         took: until the whole answer was there.
         tbt: mean time between its tokens.
         retry_after: as the header says.
-        predicted, limit: as the rejection's body says.
+        predicted, limit, waited: as the rejection's body says; the last one is how long room was hoped for.
     """
 
     prompt: int
@@ -82,6 +82,7 @@ class Sent(msgspec.Struct, kw_only=True):
     slo: str = ""
     predicted: float = 0.0
     limit: float = 0.0
+    waited: float = 0.0
 
     def within(self, ttft: float, tbt: float) -> bool:
         """Whether it kept both promises."""
@@ -92,6 +93,7 @@ class _Error(msgspec.Struct):
     slo: str
     predicted: float
     limit: float
+    waited: float
 
 
 class _Rejection(msgspec.Struct):
@@ -134,6 +136,7 @@ async def send(session: aiohttp.ClientSession, url: str, sent: Sent, request: by
                 error = msgspec.json.decode(said, type=_Rejection).error
                 sent.retry_after = int(answer.headers["Retry-After"])
                 sent.slo, sent.predicted, sent.limit = error.slo, error.predicted, error.limit
+                sent.waited = error.waited
             return
         first = last = 0.0
         whole = False
@@ -218,7 +221,10 @@ def rows_of(
     served = [sent for sent in found if sent.status == 200]
     singles = [("ttft", [sent.ttft for sent in served]), ("tbt", [sent.tbt for sent in served])]
     rejected = [sent for sent in found if sent.status == 429]
-    singles.append(("rejected_after", [sent.took for sent in rejected]))
+    # Those for whom room was hoped for were answered late on purpose.
+    hoped = [sent.took for sent in rejected if sent.waited]
+    singles.append(("rejected_after", [sent.took for sent in rejected if not sent.waited]))
+    singles.append(("rejected_after_waiting", hoped))
     for metric, values in singles:
         for p in (50, 90, 99, 100):
             if values:
@@ -227,6 +233,8 @@ def rows_of(
     if rejected:
         late = 100 * sum(sent.took > 0.05 for sent in rejected) / len(rejected)
         rows.append(row("overload", subject, case, "rejected_after_50ms", [late], "%"))
+        waited = 100 * len(hoped) / len(rejected)
+        rows.append(row("overload", subject, case, "rejected_waited", [waited], "%"))
         rows.append(row("overload", subject, case, "retry_after", [s.retry_after for s in rejected], "s"))
         honest = 100 * sum(s.predicted > s.limit and s.retry_after >= 1 for s in rejected) / len(rejected)
         rows.append(row("overload", subject, case, "rejections_explained", [honest], "%"))

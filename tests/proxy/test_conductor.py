@@ -88,9 +88,11 @@ async def test_nobody_is_rejected_when_the_engines_are_idle(start: Start):
 
 async def test_a_rejection_says_why_and_when_to_come_again(start: Start):
     setting = await start(scheduling=Scheduling(slo=Slo(ttft=0.001)), fixed_slo=("ttft",))
-    setting.decode[0].stream, setting.decode[0].gap = events(100), 0.02
+    # Both engines are at the first prompt all along.
+    setting.prefill[0].delay = setting.decode[0].delay = 1.5
     before = asyncio.create_task(ask(setting, prompt(1)))
     await setting.decode[0].call()
+    setting.prefill[0].delay = setting.decode[0].delay = 0.0
     took = []
     for first in range(2, 7):
         began = time.monotonic()
@@ -105,6 +107,7 @@ async def test_a_rejection_says_why_and_when_to_come_again(start: Start):
     assert said["slo"] == "ttft"
     assert said["predicted"] > 0.001
     assert said["predicted"] >= said["limit"]
+    assert said["waited"] == 0
     assert "(ttft)" in said["message"]
     assert setting.count("rejected_total", target="ttft") == 5
     assert setting.count("requests_total", path="/v1/completions", outcome="rejected") == 5

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mooncake_connector.scheduler.policy.admission import Margin
 from mooncake_connector.scheduler.policy.base import (
     Arrival,
     Copy,
@@ -24,7 +23,6 @@ from mooncake_connector.scheduler.policy.base import (
 )
 from mooncake_connector.scheduler.policy.conductor import Conductor
 from mooncake_connector.scheduler.policy.estimators import (
-    Calibration,
     Estimators,
     Lengths,
     OutputLengths,
@@ -296,25 +294,11 @@ def test_a_rejection_says_what_it_may_come_to_and_that_is_too_much() -> None:
         world.conductor.prefilled(f"{number}", now + 4, queued=3.0, computed=1.0)
         world.conductor.first_token(f"{number}", now + 4)
         world.conductor.ended(f"{number}", now + 5, 10)
-    world.decoding("other", 200.0, tokens=10, slo=slo)
-    verdict = world.arrive("late", 201.0, slo=slo)
+    assert isinstance(world.arrive("other", 200.0, tokens=1000, slo=slo), Placement)
+    verdict = world.arrive("late", 200.5, slo=slo)
     assert isinstance(verdict, Rejected)
     assert (verdict.target, verdict.limit) == ("ttft", 1.5)
     assert verdict.predicted > 3
-
-
-def test_a_margin_is_learned_anew_from_those_whom_it_lets_in() -> None:
-    margin = Margin(Calibration(), "close")
-    for _ in range(20):
-        margin.add(0.6, 1.8, 1.0)
-    assert margin.factor == pytest.approx(3, rel=0.05)
-    # With it, nobody of whom more than a third of the limit is predicted is let in any more.
-    for _ in range(40):
-        margin.add(0.3, 1.8, 1.0)
-    assert margin.factor == pytest.approx(6, rel=0.05)
-    for _ in range(4000):
-        margin.add(0.3, 0.3, 1.0)
-    assert margin.factor < 2
 
 
 def test_who_can_be_let_in_in_time_waits_and_is_let_in_when_there_is_room() -> None:
@@ -379,15 +363,72 @@ def test_looks_at_those_that_wait_are_rare() -> None:
     assert [id for id, _ in world.conductor.wake(verdict.until)] == ["a"]
 
 
-def test_time_per_token_that_the_gate_allows_is_no_error() -> None:
-    margin = Margin(Calibration(), "close")
-    for _ in range(20):
-        # Others came later, and the promise is kept.
-        margin.add(0.6, 0.95, 1.0, 1.0 / margin.factor)
-    assert margin.factor == 1.0
-    for _ in range(20):
-        margin.add(0.6, 1.3, 1.0, 1.0 / margin.factor)
-    assert margin.factor == pytest.approx(1.3, rel=0.05)
+def test_who_waited_in_vain_is_told_so() -> None:
+    world = World(longest=True)
+    full(world)
+    verdict = world.arrive("a", tokens=1500, slo=Slo(ttft=20.0))
+    assert isinstance(verdict, Waiting)
+    ((_, rejected),) = world.conductor.wake(verdict.until)
+    assert isinstance(rejected, Rejected)
+    assert rejected.waited == pytest.approx(verdict.until)
+
+
+def test_prompts_of_those_that_wait_are_not_overtaken_for_ever() -> None:
+    def second(first_waits: bool) -> Verdict:
+        world = World(longest=True)
+        full(world)
+        if first_waits:
+            assert isinstance(world.arrive("first", tokens=1500, slo=Slo(ttft=20.0)), Waiting)
+        # Short enough for decode, but its prompt would take what the first one needs of prefill.
+        return world.arrive("second", tokens=300, max_tokens=10, slo=Slo(ttft=1.0))
+
+    assert isinstance(second(False), Placement)
+    rejected = second(True)
+    assert isinstance(rejected, Rejected)
+    assert rejected.target == "ttft"
+
+
+def test_what_no_engine_could_keep_is_served_by_one_that_has_nothing_to_do() -> None:
+    # 120 s of prefill, 30 s promised; decode is busy all along.
+    world = World(kv_tokens=0)
+    world.decoding("other", tokens=10, max_tokens=100_000)
+    first = world.arrive("a", tokens=120_000)
+    assert isinstance(first, Placement)
+    second = world.arrive("b", 20.0, tokens=120_000)
+    assert isinstance(second, Rejected)
+    assert (second.target, second.limit) == ("ttft", 30.0)
+    assert second.predicted == pytest.approx(220.0, rel=0.05)
+    assert second.retry_after == pytest.approx(100.0)
+    world.conductor.prefilled("a", 119.0)
+    assert isinstance(world.arrive("b", 20.0 + second.retry_after, tokens=120_000), Placement)
+
+
+@pytest.mark.parametrize("admission", MODES)
+def test_a_hopeless_promise_is_told_when_an_engine_will_have_nothing_to_do(admission: Admission) -> None:
+    world = World(admission=admission, kv_tokens=0)
+    assert isinstance(world.arrive("a", tokens=120_000), Placement)
+    verdict = world.arrive("b", 100.0, tokens=120_000)
+    assert isinstance(verdict, Rejected)
+    assert verdict.retry_after == pytest.approx(20.0)
+
+
+def test_promises_are_kept_by_engines_that_are_slower_than_predicted() -> None:
+    # Prompts take from half to five times what is predicted, and the estimator is not allowed to learn.
+    world, chance = World(kv_tokens=0), random.Random(3)
+    slo, free, kept, events = Slo(ttft=3.0, tbt=10.0), 0.0, [], []
+    for number in range(3000):
+        now = number / 10
+        while events and events[0][0] <= now:
+            moment, came, id = events.pop(0)
+            world.conductor.prefilled(id, moment)
+            world.conductor.first_token(id, moment)
+            world.conductor.ended(id, moment, 1)
+            kept.append(moment - came <= slo.ttft)
+        if isinstance(world.arrive(f"{number}", now, tokens=200, slo=slo), Placement):
+            free = max(free, now) + 0.2 * chance.choice([0.5, 1.0, 1.0, 2.0, 5.0])
+            events.append((free, now, f"{number}"))
+    assert len(kept) > 300
+    assert sum(kept[200:]) >= 0.94 * len(kept[200:])
 
 
 def test_who_waits_may_go() -> None:

@@ -3,6 +3,7 @@
 A decode engine's load is the larger of time per token over what is promised, and of KV taken over all KV.
 """
 
+import math
 from typing import Literal
 
 import msgspec
@@ -10,9 +11,10 @@ import numpy as np
 
 from mooncake_connector.scheduler.policy.base import Arrival, Rejected
 from mooncake_connector.scheduler.policy.decode_table import Answer, Floats
-from mooncake_connector.scheduler.policy.estimators import Calibration, Estimators
+from mooncake_connector.scheduler.policy.estimators import Estimators
 from mooncake_connector.scheduler.policy.fairness import Demand, Ranks, Usage
 from mooncake_connector.scheduler.policy.ledger import Ledger
+from mooncake_connector.scheduler.policy.margin import Margin, Margins, allowed
 from mooncake_connector.scheduler.policy.routing import Route, Router
 from mooncake_connector.scheduler.policy.scheduling import Scheduling
 
@@ -26,8 +28,8 @@ STAGES = np.array([0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
 LATER = np.array([0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0])
 # So many other decode engines are looked at when the best one has no room.
 OTHERS = 1
-# After so many more observations a margin is set anew.
-ENOUGH = 20
+# An engine with fewer answers than that is one that has nothing to do.
+IDLE = 0.5
 # Who takes more of decode than so many others only makes way when it is tight: the power of the rank.
 STEEP = 4
 # Whoever is rejected is told to come back no sooner, seconds.
@@ -39,10 +41,12 @@ class Refusal(msgspec.Struct, frozen=True):
 
     Attributes:
         wait: predicted seconds after which it would be let in; None: waiting does not help.
+        patience: seconds after which its promise could not be kept any more.
     """
 
     rejected: Rejected
     wait: float | None = None
+    patience: float = 0.0
 
 
 class Ahead(msgspec.Struct, frozen=True):
@@ -51,10 +55,12 @@ class Ahead(msgspec.Struct, frozen=True):
     Attributes:
         requests: how many.
         tokens: of KV that they will need.
+        seconds: of prefill that they will need.
     """
 
     requests: int = 0
     tokens: float = 0.0
+    seconds: float = 0.0
 
 
 NOBODY = Ahead()
@@ -81,33 +87,6 @@ class Load(msgspec.Struct, frozen=True):
         )
 
 
-class Margin:
-    """By how much a prediction is exceeded, by one of ten for whom it is close.
-
-    Attributes:
-        factor: observed over predicted; at least 1.
-    """
-
-    def __init__(self, calibration: Calibration, quantity: str) -> None:
-        self._calibration = calibration
-        self._quantity = quantity
-        self._count = 0
-        self.factor = 1.0
-
-    def add(self, predicted: float, observed: float, limit: float, allowed: float = 0.0) -> None:
-        """Only those are counted that, by what is known, might take more than half of what is promised.
-
-        Args:
-            allowed: what it might have come to without any error.
-        """
-        if predicted * self.factor <= limit / 2:
-            return
-        self._calibration.observe(self._quantity, max(predicted, allowed), observed)
-        self._count += 1
-        if self._count % ENOUGH == 0:
-            self.factor = max(1.0, self._calibration.ratio(self._quantity, 0.9))
-
-
 class Gate:
     """Judges routes. ``none`` lets everybody in, any other mode nobody above the emergency threshold.
 
@@ -116,41 +95,49 @@ class Gate:
     - ``predicted``: the same for the moment when the prompt is computed, if every answer takes the mean time.
     - ``per_request``: at arrival, for all of this answer, by the lengths predicted of each one in flight.
 
-    Nobody is rejected where nothing is in flight.
+    Nobody is rejected where nothing is in flight, nor for a TTFT that no engine could keep if one is idle.
+
+    Attributes:
+        ttft, tbt: margins on what is predicted; ``per_request`` only.
     """
 
     def __init__(
         self, settings: Scheduling, ledger: Ledger, router: Router, estimators: Estimators, usage: Usage
     ) -> None:
-        self._settings = settings
-        self._mode = settings.admission
+        self.configure(settings, router)
         self._ledger = ledger
-        self._router = router
         self._step = estimators.step
         self._usage = usage
         self._lasting, self._lasted = LASTING, 0
         self._prompts, self._answers = Demand(), Ranks()
-        self._ttft = Margin(estimators.calibration, "ttft_close")
-        self._tbt = Margin(estimators.calibration, "tbt_close")
+        self.ttft, self.tbt = Margin(), Margin()
 
-    def lasted(self, arrival: Arrival, predicted: float, observed: float, seconds: float) -> None:
+    def configure(self, settings: Scheduling, router: Router) -> None:
+        """Judge by these settings from now on; what was learned stays."""
+        self._settings = settings
+        self._mode = settings.admission
+        self._router = router
+
+    def margins(self, now: float) -> Margins:
+        """As they are."""
+        return Margins(self.ttft.factor(now), self.tbt.factor(now))
+
+    def lasted(
+        self, arrival: Arrival, predicted: float, observed: float, seconds: float, made: Margins, now: float
+    ) -> None:
         """An answer ended: TBT as predicted and as it was, and seconds from its first token to its last."""
-        limit = arrival.slo.tbt
-        # Those let in after it may slow it down as far as the gate allows: only what is beyond that is error.
-        self._tbt.add(predicted, observed, limit, limit / self._tbt.factor)
+        self.tbt.add(predicted, observed, arrival.slo.tbt, made.tbt, now, allowed(self.ttft))
         self._lasted = min(self._lasted + 1, MEMORY)
         self._lasting += (seconds - self._lasting) / self._lasted
 
-    def began(self, arrival: Arrival, predicted: float, observed: float) -> None:
+    def began(self, arrival: Arrival, predicted: float, observed: float, made: Margins, now: float) -> None:
         """TTFT of an answer, as was predicted and as it was."""
-        self._ttft.add(predicted, observed, arrival.slo.ttft_of(arrival.tokens))
+        limit = arrival.slo.ttft_of(arrival.tokens)
+        self.ttft.add(predicted, observed, limit, made.ttft, now, allowed(self.tbt))
 
     def came(self, arrival: Arrival, route: Route, answer: Answer, now: float) -> None:
         """A request came; whether it is let in is another question."""
-        instances = self._ledger.instances
-        side = instances[route.computes].side
-        engines = sum(other.side == side for other in instances.values())
-        self._prompts.add(route.seconds, engines, now)
+        self._prompts.add(route.seconds, self._computing(route), now)
         self._answers.add(_area(arrival, answer))
 
     def judge(
@@ -176,11 +163,16 @@ class Gate:
         if emergency := self._emergency(route):
             return Refusal(emergency)
         limit = arrival.slo.ttft_of(arrival.tokens)
+        margin = self.ttft.factor(now) if self._mode == "per_request" else 1.0
+        if margin * (route.ttft - route.queue) > limit:
+            # What no engine could keep is no reason to send it away from one that has nothing to do.
+            if not self._startable(route):
+                return Refusal(Load("ttft", margin * route.ttft, limit).rejected(route.queue))
+            limit = math.inf
         if self._mode == "per_request":
             return self._per_request(arrival, route, answer, limit - waited, now, aged, ahead)
-        ttft = Load("ttft", route.ttft, limit)
-        if ttft.share > 1:
-            return Refusal(ttft.rejected(ttft.predicted - limit))
+        if route.ttft > limit:
+            return Refusal(Load("ttft", route.ttft, limit).rejected(route.ttft - limit))
         if self._mode == "baseline":
             return route
         load = self._pool(arrival, route, now)
@@ -193,12 +185,24 @@ class Gate:
         slot = self._ledger.decode(route.decode)
         if slot.requests == 1:
             return None
-        load = self._load(arrival, route.decode, slot.batch - 1, slot.context(now))
+        load = self._load(route.decode, slot.batch - 1, slot.context(now), arrival.slo.tbt)
         return load.rejected(0.0) if load.share > 1 else None
 
     def _idle(self, route: Route) -> bool:
         answers = self._ledger.decode(route.decode).requests
         return not answers and not len(self._ledger.prompts(route.computes))
+
+    def _computing(self, route: Route) -> int:
+        """How many engines compute prompts such as this one."""
+        side = self._ledger.instances[route.computes].side
+        return sum(other.side == side for other in self._ledger.instances.values())
+
+    def _startable(self, route: Route) -> bool:
+        """Whether the engine that is to compute the prompt has nothing to do."""
+        if len(self._ledger.prompts(route.computes)):
+            return False
+        prefill = self._ledger.instances[route.computes].side == "prefill"
+        return prefill or not self._ledger.decode(route.computes).requests
 
     def _emergency(self, route: Route) -> Rejected | None:
         settings = self._settings
@@ -225,7 +229,7 @@ class Gate:
         else:
             found = self._ledger.lasting(now + route.ttft, self._lasting, now)
         loads = [
-            self._load(arrival, writer.name, batch, context + arrival.tokens)
+            self._load(writer.name, batch, context + arrival.tokens, arrival.slo.tbt)
             for writer, batch, context in zip(
                 self._ledger.writers(), found.batch.tolist(), found.context.tolist(), strict=True
             )
@@ -234,9 +238,9 @@ class Gate:
         mean = sum(load.share for load in loads) / len(loads)
         return Load(worst.target, mean * worst.limit, worst.limit)
 
-    def _load(self, arrival: Arrival, name: str, others: float, context: float) -> Load:
-        """One decode engine's with a batch of this request and others."""
-        tbt = Load("tbt", self._step.seconds(name, round(others) + 1, int(context)), arrival.slo.tbt)
+    def _load(self, name: str, others: float, context: float, slowest: float) -> Load:
+        """One decode engine's with a batch of one request and others, if steps may take `slowest` seconds."""
+        tbt = Load("tbt", self._step.seconds(name, round(others) + 1, int(context)), slowest)
         capacity = self._ledger.decode(name).capacity
         kv = Load("overload", context / capacity if capacity else 0.0, 1.0)
         return max(tbt, kv, key=lambda load: load.share)
@@ -254,12 +258,13 @@ class Gate:
         reserved = self._share(arrival)
         own = route.ttft - route.queue
         share = reserved * self._modest(route.seconds >= self._prompts.bound)
-        margin = self._ttft.factor
+        margin = self.ttft.factor(now)
         room = share * (limit / margin - own)
-        if route.queue > room:
+        queue = route.queue + ahead.seconds / self._computing(route)
+        if queue > room:
             # Both in the terms of the promise: what it may come to, not what is expected.
-            load = Load("ttft", margin * route.ttft, min(limit, margin * (own + max(0.0, room))))
-            return Refusal(load.rejected(route.queue - room))
+            load = Load("ttft", margin * (own + queue), min(limit, margin * (own + max(0.0, room))))
+            return Refusal(load.rejected(queue - room))
         share = reserved * self._modest(self._answers.rank(_area(arrival, answer)) ** STEEP)
         worst, tbt = self._whole(arrival, route, answer, share, now, aged)
         if worst.share <= 1:
@@ -270,7 +275,8 @@ class Gate:
                 if load.share <= 1:
                     return msgspec.structs.replace(other, tbt=tbt)
         wait = self._wait(arrival, route, answer, share, now, ahead)
-        return Refusal(worst.rejected(wait), wait)
+        patience = limit - margin * route.ttft
+        return Refusal(worst.rejected(wait), wait if math.isfinite(patience) else None, patience)
 
     def _modest(self, dear: float) -> float:
         """The part of what is left that a request may use: who takes much makes room for many."""
@@ -301,8 +307,6 @@ class Gate:
         # No faster than promised: whoever is let in may slow it down to that.
         moments = now + route.ttft + own * max(route.tbt, slot.pace)
         batch, context, beyond = self._crowd(route.decode, moments, now, aged)
-        alone = self._step.seconds(route.decode, 1, arrival.tokens)
-        limit = min(arrival.slo.tbt, self._ledger.strictest(route.decode))
         paces = np.array(
             [
                 self._step.seconds(route.decode, round(others) + 1, int(tokens))
@@ -311,8 +315,7 @@ class Gate:
         )
         # The promise is of the mean over an answer; answers end at any of the stages.
         means = np.cumsum((paces[1:] + paces[:-1]) / 2 * np.diff(STAGES)) / STAGES[1:]
-        room = max(0.0, limit - alone) / self._tbt.factor
-        tbt = Load("tbt", float(means.max()), alone + share * room)
+        tbt = Load("tbt", float(means.max()), self._slowest(arrival, answer, route.decode, share, now))
         if not slot.capacity:
             return tbt, float(means[-1])
         full = (need + share * np.maximum(slot.capacity - need, 0.0)) / slot.capacity
@@ -328,10 +331,19 @@ class Gate:
         batch, context, beyond = self._crowd(route.decode, now + route.ttft + LATER, now, ahead)
         context = context + beyond
         need = arrival.tokens + answer.mean
+        slowest = self._slowest(arrival, answer, route.decode, 1.0, now)
+        # An idle engine lets it in, whatever that takes.
         for later, others, tokens in zip(LATER.tolist(), batch.tolist(), context.tolist(), strict=True):
-            if self._load(arrival, route.decode, others, tokens + need).share <= share:
+            load = self._load(route.decode, others, tokens + need, slowest)
+            if load.share <= share or others < IDLE:
                 return float(later)
         return float(LATER[-1])
+
+    def _slowest(self, arrival: Arrival, answer: Answer, name: str, share: float, now: float) -> float:
+        """Seconds per token up to which an engine may be slowed down, no less than what it takes alone."""
+        alone = self._step.seconds(name, 1, arrival.tokens + answer.ends[-2])
+        limit = min(arrival.slo.tbt, self._ledger.strictest(name))
+        return max(alone, (alone + share * max(0.0, limit - alone)) / self.tbt.factor(now))
 
     def _crowd(self, name: str, moments: Floats, now: float, ahead: Ahead) -> tuple[Floats, Floats, Floats]:
         """Batch and context of an engine at some moments, and tokens of KV that may be taken beyond that."""

@@ -163,12 +163,14 @@ class Rejected(msgspec.Struct, frozen=True, kw_only=True):
         predicted: seconds; of `overload`, the load.
         limit: what was promised, or the threshold.
         retry_after: seconds after which it is predicted to be admitted.
+        waited: seconds for which room was hoped for.
     """
 
     target: Literal["ttft", "tbt", "overload"]
     predicted: float
     limit: float
     retry_after: float
+    waited: float = 0.0
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True):

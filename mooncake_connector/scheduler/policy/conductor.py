@@ -21,6 +21,7 @@ from mooncake_connector.scheduler.policy.decode_table import Answer
 from mooncake_connector.scheduler.policy.estimators import Estimators
 from mooncake_connector.scheduler.policy.fairness import Line, Usage, Waiter
 from mooncake_connector.scheduler.policy.ledger import Account, Booking, Ledger
+from mooncake_connector.scheduler.policy.margin import Margins
 from mooncake_connector.scheduler.policy.routing import Route, Router
 from mooncake_connector.scheduler.policy.scheduling import Scheduling
 from mooncake_connector.scheduler.policy.underway import Underway
@@ -51,6 +52,8 @@ class Flight(msgspec.Struct):
     """A placed request.
 
     Attributes:
+        margins: with which it was let in.
+        came: when it arrived.
         began: when it was placed.
         prefilled: when its prompt was computed; 0 before.
         first: when its first token came; 0 before, and for an answer in one piece.
@@ -62,6 +65,8 @@ class Flight(msgspec.Struct):
     arrival: Arrival
     route: Route
     answer: Answer
+    margins: Margins
+    came: float
     began: float
     prefilled: float = 0.0
     first: float = 0.0
@@ -84,13 +89,8 @@ class Conductor:
         self._index = index
         self._estimators = estimators
         self._ledger = Ledger(estimators.step.seconds)
-        self._router = Router(
-            settings.routing,
-            settings.replication_threshold,
-            settings.min_prefill_tokens,
-            estimators,
-            seed,
-        )
+        self._seed = seed
+        self._router = self._routing(settings)
         self._underway = Underway()
         self._usage = Usage()
         self._gate = Gate(settings, self._ledger, self._router, estimators, self._usage)
@@ -98,6 +98,11 @@ class Conductor:
         self._look = 0.0
         self._looked, self._pause = float("-inf"), PAUSE
         self._flights: dict[str, Flight] = {}
+
+    def configure(self, settings: Scheduling) -> None:
+        """Choose and admit by these settings from now on; what is in flight, waits or was learned stays."""
+        self._router = self._routing(settings)
+        self._gate.configure(settings, self._router)
 
     def join(self, instance: Instance, now: float) -> None:
         """An engine came up, or came anew: nothing is in flight there."""
@@ -125,10 +130,10 @@ class Conductor:
         self._gate.came(arrival, route, answer, now)
         if isinstance(judged, Route):
             return self._place(arrival, judged, answer, now, now)
-        patience = arrival.slo.ttft_of(arrival.tokens) - route.ttft
-        if judged.wait is None or judged.wait > patience or len(self._line) >= MOST:
+        if judged.wait is None or judged.wait > judged.patience or len(self._line) >= MOST:
             return judged.rejected
-        waiter = Waiter(arrival, answer, self._cost(arrival.tokens, route, answer), now, now + patience)
+        cost, until = self._cost(arrival.tokens, route, answer), now + judged.patience
+        waiter = Waiter(arrival, answer, cost, route.seconds, now, until)
         self._line.add(waiter)
         return Waiting(until=waiter.until)
 
@@ -207,7 +212,8 @@ class Conductor:
         self._computed(flight)
         self._ledger.progressed(id, 1, now)
         self._estimators.calibration.observe("ttft", flight.route.ttft, now - flight.began)
-        self._gate.began(flight.arrival, flight.route.ttft, now - flight.began)
+        waited = flight.began - flight.came
+        self._gate.began(flight.arrival, waited + flight.route.ttft, now - flight.came, flight.margins, now)
         route = flight.route
         if flight.prefilled and route.computes != route.decode:
             tokens, seconds = flight.arrival.tokens, now - flight.prefilled
@@ -251,6 +257,15 @@ class Conductor:
         """Load of every engine."""
         return list(self._ledger.accounts(now))
 
+    def _routing(self, settings: Scheduling) -> Router:
+        return Router(
+            settings.routing,
+            settings.replication_threshold,
+            settings.min_prefill_tokens,
+            self._estimators,
+            self._seed,
+        )
+
     def _computed(self, flight: Flight) -> None:
         """Its blocks are the index's to tell now, or nobody's."""
         if flight.underway:
@@ -278,7 +293,7 @@ class Conductor:
         if output < 2 or min(lasted, passed, flight.since) <= 0 or decode not in self._ledger.instances:
             return
         tbt = lasted / (output - 1)
-        self._gate.lasted(flight.arrival, flight.route.tbt, tbt, lasted)
+        self._gate.lasted(flight.arrival, flight.route.tbt, tbt, lasted, flight.margins, now)
         batch, context = (
             (after - before) / passed
             for before, after in zip(flight.areas, self._ledger.decode(decode).areas(now), strict=True)
@@ -295,7 +310,9 @@ class Conductor:
         judged = self._judge(arrival, route, answer, now, now - waiter.since, before)
         if isinstance(judged, Route):
             return self._place(arrival, judged, answer, now, waiter.since)
-        return judged.rejected if now >= waiter.until or judged.wait is None else None
+        if now < waiter.until and judged.wait is not None:
+            return None
+        return msgspec.structs.replace(judged.rejected, waited=now - waiter.since)
 
     def _judge(
         self,
@@ -372,7 +389,7 @@ class Conductor:
             limit=arrival.slo.tbt,
         )
         self._usage.add(arrival, self._cost(arrival.tokens, route, answer), now)
-        self._flights[arrival.id] = Flight(arrival, route, answer, now)
+        self._flights[arrival.id] = Flight(arrival, route, answer, self._gate.margins(now), came, now)
         self._underway.begin(route.computes, arrival.keys)
         self._ledger.open(arrival.id, booking, now)
         return placement
@@ -380,4 +397,4 @@ class Conductor:
 
 def _ahead(waiters: Sequence[Waiter]) -> Ahead:
     need = sum(waiter.arrival.tokens + waiter.answer.mean for waiter in waiters)
-    return Ahead(len(waiters), need)
+    return Ahead(len(waiters), need, sum(waiter.seconds for waiter in waiters))

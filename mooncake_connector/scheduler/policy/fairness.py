@@ -127,6 +127,7 @@ class Waiter(msgspec.Struct):
     Attributes:
         answer: how long it is predicted to be.
         cost: seconds of an engine that it takes.
+        seconds: of these, of computing its prompt.
         since: when it came.
         until: when it is rejected at the latest.
         tag: its virtual start: the line is in this order, within a priority.
@@ -135,6 +136,7 @@ class Waiter(msgspec.Struct):
     arrival: Arrival
     answer: Answer
     cost: float
+    seconds: float
     since: float
     until: float
     tag: float = 0.0

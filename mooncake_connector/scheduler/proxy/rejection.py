@@ -26,7 +26,7 @@ def retry_seconds(rejected: Rejected) -> int:
 
 
 def body(rejected: Rejected) -> bytes:
-    """An error in OpenAI's form; `slo`, `predicted`, `limit` and `retry_after` are for programs."""
+    """An error in OpenAI's form; `slo`, `predicted`, `limit`, `retry_after` and `waited` are for programs."""
     error = {
         "message": explain(rejected),
         "type": "RateLimitError",
@@ -36,5 +36,6 @@ def body(rejected: Rejected) -> bytes:
         "predicted": round(rejected.predicted, 6),
         "limit": round(rejected.limit, 6),
         "retry_after": retry_seconds(rejected),
+        "waited": round(rejected.waited, 6),
     }
     return msgspec.json.encode({"error": error})
