@@ -14,10 +14,12 @@ from mooncake_connector.errors import MooncakeError
 from mooncake_connector.scheduler.engines.base import told
 from mooncake_connector.scheduler.engines.pool import Instance, Lease, Pool, Side
 from mooncake_connector.scheduler.proxy.answer import BROKEN, UNREACHABLE, StreamBroken
+from mooncake_connector.scheduler.proxy.deadlines import Deadlines, within
 from mooncake_connector.scheduler.proxy.errors import error_answer
 from mooncake_connector.scheduler.proxy.headers import forwarded, returned
 from mooncake_connector.scheduler.proxy.metrics import ProxyMetrics
-from mooncake_connector.scheduler.proxy.relay import relay
+from mooncake_connector.scheduler.proxy.relay import SLOW, relay
+from mooncake_connector.scheduler.proxy.retry_budget import RetryBudget
 from mooncake_connector.scheduler.proxy.sse import EVENTS
 from mooncake_connector.scheduler.proxy.stored import Stored
 
@@ -46,6 +48,7 @@ class Anywhere:
 
     Args:
         max_retries: further attempts.
+        budget: of further attempts of all requests.
     """
 
     def __init__(
@@ -56,12 +59,16 @@ class Anywhere:
         metrics: ProxyMetrics,
         *,
         max_retries: int,
+        budget: RetryBudget,
+        deadlines: Deadlines,
     ) -> None:
         self._pool = pool
         self._stored = stored
         self._session = session
         self._metrics = metrics
         self._attempts = 1 + max_retries
+        self._budget = budget
+        self._deadlines = deadlines
 
     async def any(self, http: web.Request) -> web.StreamResponse:
         """Served by an engine of either pool."""
@@ -100,6 +107,8 @@ class Anywhere:
             outcome = "client_error"
             raise
         finally:
+            if http.get(SLOW):
+                outcome = "slow_client"
             self._metrics.requests.labels(path, outcome).inc()
             self._metrics.duration.observe(time.perf_counter() - began)
 
@@ -108,12 +117,16 @@ class Anywhere:
     ) -> tuple[web.StreamResponse, str]:
         tried: set[str] = set()
         failure: _Failed | None = None
+        self._budget.earn()
         while len(tried) < self._attempts:
             instance = first or self._least_busy(sides, tried)
             if instance is None:
                 break
             first = None
             if failure:
+                if not self._budget.spend():
+                    self._metrics.retries_refused.inc()
+                    break
                 self._metrics.retries.labels(instance.side).inc()
             tried.add(instance.url)
             try:
@@ -143,7 +156,7 @@ class Anywhere:
             return answer, "ok" if reply.status < 400 else "client_error"
         response = web.StreamResponse(headers=headers)
         try:
-            return response, await relay(http, response, _chunks(instance, lease, first, reply))
+            return response, await relay(http, response, self._chunks(instance, lease, first, reply))
         finally:
             # Aborts the request there, if this is not the answer's end.
             reply.close()
@@ -156,10 +169,11 @@ class Anywhere:
         opened = False
         try:
             url = URL(instance.url + call.path, encoded=True)
-            reply = await self._session.request(
-                call.method, url, data=call.body or None, headers=call.headers, allow_redirects=False
-            )
-            first = await (reply.content.readany() if _streamed(reply) else reply.read())
+            async with within(self._deadlines.first_byte, lease):
+                reply = await self._session.request(
+                    call.method, url, data=call.body or None, headers=call.headers, allow_redirects=False
+                )
+                first = await (reply.content.readany() if _streamed(reply) else reply.read())
             # 501 is vLLM's way to say that the model can't do it: no other engine could.
             if reply.status >= 500 and reply.status != HTTPStatus.NOT_IMPLEMENTED:
                 lease.failed(f"answered {reply.status}")
@@ -174,6 +188,21 @@ class Anywhere:
         finally:
             if reply and not opened:
                 reply.close()
+
+    async def _chunks(
+        self, instance: Instance, lease: Lease, first: bytes, reply: aiohttp.ClientResponse
+    ) -> AsyncIterator[bytes]:
+        yield first
+        try:
+            while True:
+                async with within(self._deadlines.chunk, lease):
+                    chunk = await reply.content.readany()
+                if not chunk:
+                    return
+                yield chunk
+        except BROKEN as error:
+            lease.failed(told(error))
+            raise StreamBroken(f"{instance.url} broke off: {told(error)}") from None
 
 
 def _streamed(reply: aiohttp.ClientResponse) -> bool:

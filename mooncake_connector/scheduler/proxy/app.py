@@ -29,6 +29,7 @@ from mooncake_connector.scheduler.proxy.errors import Handler, openai_errors
 from mooncake_connector.scheduler.proxy.generate import Generation
 from mooncake_connector.scheduler.proxy.headers import stamp
 from mooncake_connector.scheduler.proxy.metrics import ProxyMetrics
+from mooncake_connector.scheduler.proxy.relay import PATIENCE
 from mooncake_connector.scheduler.proxy.retry_budget import RetryBudget
 from mooncake_connector.scheduler.proxy.settings import ProxySettings
 from mooncake_connector.scheduler.proxy.steering import Steering
@@ -54,6 +55,9 @@ class Proxy:
         self.draining = False
         self.pool = Pool(settings.prefill, settings.decode)
         self.budget = RetryBudget(settings.retry_share)
+        self.deadlines = Deadlines(
+            settings.prefill_timeout, settings.first_byte_timeout, settings.chunk_timeout
+        )
         self.metrics = ProxyMetrics(self.pool, self.budget)
         self.index = PrefixIndex()
         self.estimators = Estimators()
@@ -90,9 +94,7 @@ class Proxy:
                 first_token=settings.first_token,
                 max_retries=settings.max_retries,
                 budget=self.budget,
-                deadlines=Deadlines(
-                    settings.prefill_timeout, settings.first_byte_timeout, settings.chunk_timeout
-                ),
+                deadlines=self.deadlines,
             )
             prober = Prober(
                 self.pool,
@@ -131,7 +133,13 @@ class Proxy:
         stored = Stored(self.pool, self._session)
         generation = Generation(self.pool, self._arrivals, stored, self._dispatcher, self.metrics)
         anywhere = Anywhere(
-            self.pool, stored, self._session, self.metrics, max_retries=self.settings.max_retries
+            self.pool,
+            stored,
+            self._session,
+            self.metrics,
+            max_retries=self.settings.max_retries,
+            budget=self.budget,
+            deadlines=self.deadlines,
         )
         served: list[tuple[Handler, Iterable[tuple[str, str]]]] = [
             (generation.handle, [("POST", path) for path in (*DISAGGREGATED, *DECODE_ALONE)]),
@@ -150,6 +158,7 @@ class Proxy:
         for resource in app.router.resources():
             if isinstance(resource, web.Resource):
                 resource.add_route(hdrs.METH_OPTIONS, anywhere.options)
+        app[PATIENCE] = self.settings.client_timeout
         app.on_response_prepare.append(stamp)
         return app
 

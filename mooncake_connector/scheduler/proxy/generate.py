@@ -16,7 +16,7 @@ from mooncake_connector.scheduler.proxy.errors import error_answer, rejection_an
 from mooncake_connector.scheduler.proxy.headers import forwarded_json, returned
 from mooncake_connector.scheduler.proxy.metrics import ProxyMetrics
 from mooncake_connector.scheduler.proxy.openai import RESPONSES, BadRequest, ClientRequest
-from mooncake_connector.scheduler.proxy.relay import relay
+from mooncake_connector.scheduler.proxy.relay import SLOW, relay
 from mooncake_connector.scheduler.proxy.stored import Stored
 from mooncake_connector.scheduler.proxy.timeline import HEADER, Timeline, into_answer, with_timeline
 
@@ -84,6 +84,8 @@ class Generation:
             outcome = "proxy_error"
             raise
         finally:
+            if http.get(SLOW):
+                outcome = "slow_client"
             if answer:
                 await self._dispatcher.finish(answer, whole=outcome in ("ok", "client_error"))
             self._metrics.requests.labels(http.path, outcome).inc()

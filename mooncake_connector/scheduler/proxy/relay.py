@@ -1,15 +1,26 @@
 """An engine's stream on its way to the client: as bytes, never decoded."""
 
+import asyncio
+import contextlib
+import fcntl
 import logging
+import struct
+import termios
 from collections.abc import AsyncIterator
 
 from aiohttp import web
 
 from mooncake_connector.scheduler.proxy.answer import StreamBroken
+from mooncake_connector.scheduler.proxy.deadlines import Stall
 from mooncake_connector.scheduler.proxy.openai import broken_event
 from mooncake_connector.scheduler.proxy.timeline import Timeline
 
 log = logging.getLogger(__name__)
+
+# Seconds that a client may take nothing of its stream.
+PATIENCE = web.AppKey("PATIENCE", float)
+# Set on a request whose client was cut off for that.
+SLOW = web.RequestKey("SLOW", bool)
 
 
 async def relay(
@@ -20,25 +31,54 @@ async def relay(
 ) -> str:
     """Send `chunks` as they come, no faster than the client takes them; returns the outcome.
 
-    That is ``stream_broken`` if they break off (`StreamBroken`), which the client is told by an error event;
+    A client that takes nothing for `PATIENCE` is cut off, and the handler cancelled as for one that leaves.
+    Until then no more is kept for it than fits into the buffers of both connections, about 200 KiB.
+
+    The outcome is ``stream_broken`` if they break off (`StreamBroken`), of which an error event tells;
     ``cancelled`` if the client is gone; else ``ok``.
     """
     outcome = "ok"
+    transport = http.transport
+    if transport is None:
+        return "cancelled"
+
+    def cut() -> None:
+        http[SLOW] = True
+        log.warning("%s took nothing of its stream for too long: it is cut off", http.remote)
+        transport.abort()
+
+    client = Stall(http.app[PATIENCE], cut, lambda: _left(transport))
+    client.start()
     try:
         await response.prepare(http)
         try:
             async for chunk in chunks:
                 if not chunk:
                     continue
+                client.waiting = True
                 await response.write(chunk)
+                client.waiting = False
+                client.turns += 1
                 if timeline and "first_byte" not in timeline.moments:
                     timeline.mark("first_byte")
         except StreamBroken as error:
             log.warning("%s", error)
             outcome = "stream_broken"
+            client.waiting = True
             # The blank line ends an event that was cut in two; no [DONE] follows, for it is not done.
             await response.write(b"\n\n" + broken_event(http.path, str(error)))
+        client.waiting = True
         await response.write_eof()
     except ConnectionResetError:
         return "cancelled"
+    finally:
+        client.stop()
     return outcome
+
+
+def _left(transport: asyncio.Transport) -> int:
+    """Bytes that the client has not taken, the kernel's too: it tells late of room."""
+    queued = struct.pack("i", 0)
+    with contextlib.suppress(OSError):
+        queued = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
+    return transport.get_write_buffer_size() + int(struct.unpack("i", queued)[0])
