@@ -271,11 +271,15 @@ def _serves(task: asyncio.Task[Any]) -> bool:
     return name.split(".")[0] in ("Dispatcher", "Attempt", "Aside", "Copies", "Answer", "StreamReader")
 
 
-async def nothing_left(setting: Setting, within: float = 3.0, *, alone: bool = True) -> None:
+async def nothing_left(*settings: Setting, within: float = 3.0, alone: bool = True) -> None:
     """Fails unless all accounts come to zero in time; `alone`: no other proxy has requests."""
+
+    def found() -> list[str]:
+        return [line for setting in settings for line in left(setting)] + tasks() * alone
+
     try:
         async with asyncio.timeout(within):
-            while left(setting) or (alone and tasks()):  # noqa: ASYNC110
+            while found():  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
     except TimeoutError:
-        raise AssertionError(left(setting) + tasks() * alone) from None
+        raise AssertionError(found()) from None

@@ -13,6 +13,7 @@ from mooncake_connector.scheduler.policy.prefix_index import PrefixIndex
 from mooncake_connector.scheduler.prompts.conversation import conversation_key, salt
 from mooncake_connector.scheduler.prompts.tokens import Tokens
 from mooncake_connector.scheduler.proxy.openai import BadRequest, ClientRequest
+from mooncake_connector.scheduler.proxy.progress import MOST_TOKENS
 from mooncake_connector.scheduler.proxy.settings import ServiceClass
 
 PRIORITY = "x-priority"
@@ -130,7 +131,7 @@ def _header(headers: Mapping[str, str], name: str) -> str:
 def _max_tokens(request: ClientRequest) -> int:
     for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
         if type(limit := request.get(name)) is int and limit > 0:
-            return limit
+            return min(limit, MOST_TOKENS)
     return 0
 
 

@@ -157,8 +157,9 @@ class Attempt:
             self._timeline.mark("prefill_sent")
             async with (
                 within(up.deadlines.of_prefill(journey.placement), lease),
-                up.session.post(url, data=body, headers=self._asked.headers) as reply,
+                up.session.post(url, data=body, headers=self._asked.headers, allow_redirects=False) as reply,
             ):
+                _check(reply)
                 if early and reply.content_type == EVENTS:
                     await self._read_early(source, lease, reply, early)
                 answer = await reply.read()
@@ -209,7 +210,9 @@ class Attempt:
         try:
             async with within(self._patience(), lease):
                 url = decode.url + self._asked.request.path
-                reply = await self._up.session.post(url, data=body, headers=self._asked.headers)
+                headers = self._asked.headers
+                reply = await self._up.session.post(url, data=body, headers=headers, allow_redirects=False)
+                _check(reply)
                 timeline.mark("decode_headers")
                 streamed = reply.status == 200 and reply.content_type == EVENTS
                 if streamed and early:
@@ -293,6 +296,16 @@ async def cancelled(task: asyncio.Task[Any]) -> None:
     """Cancel and wait until it is over; its result or error is of no interest any more."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+def _check(reply: aiohttp.ClientResponse) -> None:
+    """A redirect, an upgrade or the like: no engine does that. Its body is not waited for.
+
+    Raises:
+        ClientPayloadError: so it is.
+    """
+    if reply.status != 200 and not 400 <= reply.status < 600:
+        raise aiohttp.ClientPayloadError(f"answered {reply.status}, which is no answer")
 
 
 def _both(prefill: Instance, decode: Instance) -> bool:

@@ -14,6 +14,7 @@ async def read_body(http: web.Request) -> bytes:
 
     Raises:
         web.HTTPRequestEntityTooLarge: it is larger than `max_body_mib`; no more than that is read.
+        web.HTTPBadRequest: it is not compressed as it says.
         web.HTTPRequestTimeout: it did not come within `body_seconds`.
     """
     settings = http.app[IN_FORCE].settings
@@ -28,6 +29,8 @@ async def read_body(http: web.Request) -> bytes:
                 body += chunk
                 if len(body) > limit:
                     raise _too_large(settings.max_body_mib)
+    except web.RequestPayloadError:
+        raise web.HTTPBadRequest(text="the request's body is not what its headers say") from None
     except TimeoutError:
         raise web.HTTPRequestTimeout(
             text=f"the request's body did not come within {settings.body_seconds:g} s"
