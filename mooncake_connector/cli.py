@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -146,13 +145,7 @@ def _proxy(options: dict[str, object]) -> int:
     if options.pop("schema"):
         print(json.dumps(settings_schema(), indent=2))
         return 0
-    settings = configuration.load(options, os.environ)
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    uvloop.run(serve(settings))
+    uvloop.run(serve(lambda: configuration.load(options, os.environ)))
     return 0
 
 

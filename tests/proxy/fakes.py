@@ -67,6 +67,7 @@ class FakeEngine:
         self.calls: list[Call] = []
         self.probes = 0
         self.failures: list[int | str] = []
+        self.says = "engine says"  # when it refuses or fails
         self.released: list[str] = []
         self.delay = 0.0
         self.gap = self.first_gap = 0.0
@@ -202,7 +203,7 @@ class FakeEngine:
         await asyncio.sleep(self.delay)
         if isinstance(failure, int):
             error = {
-                "message": f"engine says {failure}",
+                "message": f"{self.says} {failure}",
                 "type": "EngineError",
                 "param": None,
                 "code": failure,

@@ -5,13 +5,15 @@ import json
 from typing import Any
 
 import pytest
+from multidict import CIMultiDict
 
 from mooncake_connector.scheduler.policy.base import Slo
 from mooncake_connector.scheduler.policy.prefix_index import PrefixIndex
 from mooncake_connector.scheduler.prompts.tokens import Tokens
 from mooncake_connector.scheduler.proxy.arrivals import Arrivals, Asked
+from mooncake_connector.scheduler.proxy.callers import Callers
 from mooncake_connector.scheduler.proxy.openai import BadRequest, ClientRequest
-from mooncake_connector.scheduler.proxy.settings import ServiceClass
+from mooncake_connector.scheduler.proxy.settings import ProxySettings, ServiceClass
 from tests.proxy.conftest import Start
 from tests.proxy.fakes import MODEL
 
@@ -24,17 +26,23 @@ async def describe(
 ) -> Asked:
     tokens = Tokens()
     classes = {"gold": ServiceClass(api_keys=(GOLD,), priority=7, max_priority=9)}
+    callers = Callers(
+        ProxySettings(
+            prefill=("http://p",), decode=("http://d",), classes=classes, tenant_header=tenant_header
+        )
+    )
     arrivals = Arrivals(
         PrefixIndex(16),
         tokens,
-        classes,
-        tenant_header,
         lambda model, name, count: Slo(ttft={"": 1.0, "gold": 2.0}[name] + count),
         lambda: {"adapter"},
     )
     try:
         request = ClientRequest.parse(PATH, json.dumps(body).encode())
-        return await arrivals.describe(request, headers or {})
+        given = CIMultiDict(headers or {})
+        caller = callers.of(given)
+        assert caller
+        return await arrivals.describe(request, given, caller)
     finally:
         tokens.close()
 

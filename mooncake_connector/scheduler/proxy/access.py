@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from mooncake_connector.scheduler.engines.pool import Side
 from mooncake_connector.scheduler.proxy.callers import OPEN
 from mooncake_connector.scheduler.proxy.connections import Connection
 from mooncake_connector.scheduler.proxy.errors import Handler
@@ -31,6 +32,10 @@ class Access(msgspec.Struct):
     ttft: float | None = None
     tokens: int | None = None
     outcome: str = ""
+
+    def served_by(self, side: Side, url: str) -> None:
+        """It goes to that engine and to no other."""
+        self.prefill, self.decode = (url, "") if side == "prefill" else ("", url)
 
 
 ACCESS = web.RequestKey("access", Access)

@@ -71,6 +71,7 @@ class Answer:
         transfer_id: names it to both engines' connectors; empty if decode serves alone.
         early: what `first` is, if it is prefill's first token.
         taken: called when decode has what it needs of prefill, or the answer is closed; again is no harm.
+        tokens: of the whole answer, once it is closed and if they are known.
         again: called if decode's stream does not go on from that: another stream from its beginning, which
             does; raises `DecodeFailed`.
     """
@@ -98,6 +99,7 @@ class Answer:
         self.early = early
         self.taken: Callable[[], None] = lambda: None
         self.again: Callable[[str], Awaitable[Answer]] | None = None
+        self.tokens: int | None = None
         self._reply = reply
         self._lease = lease
         self._stall = Stall(silence, reply.close)
@@ -180,12 +182,15 @@ class Answer:
             self._reply.close()
 
     def _tell(self, whole: bool) -> None:
+        if self.streamed:
+            self.tokens = self._count.tokens
         if not whole or self._second:
             self.journey.over(None)
         elif self.streamed:
-            self.journey.over(self._count.tokens)
+            self.journey.over(self.tokens)
         else:
             said = read_whole(self.first)
+            self.tokens = said.tokens
             self.journey.over(said.tokens, said.decoding)
 
 

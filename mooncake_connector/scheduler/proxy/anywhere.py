@@ -13,7 +13,9 @@ from yarl import URL
 from mooncake_connector.errors import MooncakeError
 from mooncake_connector.scheduler.engines.base import told
 from mooncake_connector.scheduler.engines.pool import Instance, Lease, Pool, Side
+from mooncake_connector.scheduler.proxy.access import ACCESS
 from mooncake_connector.scheduler.proxy.answer import BROKEN, UNREACHABLE, StreamBroken
+from mooncake_connector.scheduler.proxy.body import read_body
 from mooncake_connector.scheduler.proxy.deadlines import Deadlines, within
 from mooncake_connector.scheduler.proxy.errors import error_answer
 from mooncake_connector.scheduler.proxy.headers import forwarded, returned
@@ -100,16 +102,17 @@ class Anywhere:
         outcome = "cancelled"
         try:
             method = "GET" if http.method == "HEAD" else http.method
-            call = _Call(method, http.rel_url.raw_path_qs, forwarded(http), await http.read())
+            call = _Call(method, http.rel_url.raw_path_qs, forwarded(http), await read_body(http))
             response, outcome = await self._attempt(http, call, sides, first)
             return response
-        except web.HTTPRequestEntityTooLarge:
+        except web.HTTPClientError:
             outcome = "client_error"
             raise
         finally:
             if http.get(SLOW):
                 outcome = "slow_client"
             self._metrics.requests.labels(path, outcome).inc()
+            http[ACCESS].outcome = outcome
             self._metrics.duration.observe(time.perf_counter() - began)
 
     async def _attempt(
@@ -130,6 +133,7 @@ class Anywhere:
                 self._metrics.retries.labels(instance.side).inc()
             tried.add(instance.url)
             try:
+                http[ACCESS].served_by(instance.side, instance.url)
                 with instance.lease(0) as lease:
                     return await self._ask(http, call, instance, lease)
             except _Failed as error:

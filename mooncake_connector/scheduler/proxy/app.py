@@ -1,7 +1,7 @@
 """The proxy's HTTP face: OpenAI's API in front, prefill and decode engines behind."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import aiohttp
@@ -19,24 +19,34 @@ from mooncake_connector.scheduler.policy.conductor import Conductor
 from mooncake_connector.scheduler.policy.estimators import Estimators
 from mooncake_connector.scheduler.policy.prefix_index import PrefixIndex
 from mooncake_connector.scheduler.prompts.tokens import Tokens
+from mooncake_connector.scheduler.proxy.access import AccessLog
+from mooncake_connector.scheduler.proxy.admin import Admin
 from mooncake_connector.scheduler.proxy.anywhere import Anywhere
 from mooncake_connector.scheduler.proxy.arrivals import Arrivals
+from mooncake_connector.scheduler.proxy.body import IN_FORCE
+from mooncake_connector.scheduler.proxy.callers import Callers
 from mooncake_connector.scheduler.proxy.conductor_metrics import ConductorMetrics
+from mooncake_connector.scheduler.proxy.connections import Site
 from mooncake_connector.scheduler.proxy.deadlines import Deadlines
 from mooncake_connector.scheduler.proxy.dispatch import Dispatcher
 from mooncake_connector.scheduler.proxy.endpoints import ANY, DECODE, DECODE_ALONE, DISAGGREGATED, STORED
 from mooncake_connector.scheduler.proxy.errors import Handler, openai_errors
 from mooncake_connector.scheduler.proxy.generate import Generation
 from mooncake_connector.scheduler.proxy.headers import stamp
+from mooncake_connector.scheduler.proxy.membership import Membership
 from mooncake_connector.scheduler.proxy.metrics import ProxyMetrics
 from mooncake_connector.scheduler.proxy.relay import PATIENCE
+from mooncake_connector.scheduler.proxy.reload import Reloader
 from mooncake_connector.scheduler.proxy.retry_budget import RetryBudget
-from mooncake_connector.scheduler.proxy.settings import ProxySettings
+from mooncake_connector.scheduler.proxy.settings import InForce, ProxySettings, spelled
 from mooncake_connector.scheduler.proxy.steering import Steering
 from mooncake_connector.scheduler.proxy.stored import Stored
+from mooncake_connector.scheduler.proxy.tls import Certificate
 
 # uvicorn closes an idle connection after 5 s: leave before it does, or a request meets a closing socket.
 KEEPALIVE_SECONDS = 4.0
+# Connections that the kernel takes before the proxy does: many clients may come at once.
+BACKLOG = 1024
 
 
 class Proxy:
@@ -45,13 +55,21 @@ class Proxy:
     Args:
         settings: what to run with.
         engine: how engines are driven; vLLM unless given.
+        load: reads the settings anew, for `reload`.
 
     Attributes:
+        admin_port: where the admin API listens, once the proxy is open; 0 if nowhere.
+        followers: called with the new settings after each reload.
         draining: ``/health`` says 503, though all is served.
     """
 
-    def __init__(self, settings: ProxySettings, engine: Engine | None = None) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        settings: ProxySettings,
+        engine: Engine | None = None,
+        load: Callable[[], ProxySettings] | None = None,
+    ) -> None:
+        self._in_force = InForce(settings)
         self.draining = False
         self.pool = Pool(settings.prefill, settings.decode)
         self.budget = RetryBudget(settings.retry_share)
@@ -65,6 +83,31 @@ class Proxy:
         self._engine = engine or VllmEngine(
             api_key=settings.engine_api_key, probe_timeout=settings.probe_timeout
         )
+        self._callers = Callers(settings)
+        self._membership = Membership(self.pool)
+        self._certificate = Certificate(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
+        self.followers: list[Callable[[ProxySettings], None]] = [self._callers.configure, self._reschedule]
+        self._reloader = Reloader(
+            load or (lambda: settings),
+            self._in_force,
+            self._membership,
+            self._certificate,
+            self.followers,
+        )
+        self.admin_port = 0
+
+    @property
+    def settings(self) -> ProxySettings:
+        """Those in force."""
+        return self._in_force.settings
+
+    def reload(self) -> list[str]:
+        """Read the settings again; returns the names of those that changed.
+
+        Raises:
+            ConfigError: they are wrong, or can't change at run time; nothing changed.
+        """
+        return self._reloader.reload()
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[int]:
@@ -104,32 +147,42 @@ class Proxy:
                 probe_seconds=settings.probe_seconds,
                 down_seconds=settings.down_timeout,
             )
-            runner = web.AppRunner(
-                self._application(),
-                handler_cancellation=True,
-                shutdown_timeout=settings.drain_seconds,
-                access_log=None,
-            )
             async with AsyncExitStack() as stack:
                 stack.callback(self._tokens.close)
                 stack.push_async_callback(self._holdings.close)
                 stack.callback(steering.close)
                 stack.push_async_callback(self._dispatcher.close)
                 await stack.enter_async_context(prober)
-                await runner.setup()
-                stack.push_async_callback(runner.cleanup)
-                try:
-                    await web.TCPSite(runner, settings.host, settings.port).start()
-                except OSError as error:
-                    raise ConfigError(
-                        f"can't listen on {settings.host}:{settings.port} ({error.strerror or error}): "
-                        "choose another --port (MOONCAKE_PROXY_PORT) or --host (MOONCAKE_PROXY_HOST)"
-                    ) from None
-                yield runner.addresses[0][1]
+                stack.push_async_callback(self._membership.close)
+                if settings.admin_keys:
+                    admin = Admin(self._in_force, self.pool, self._membership, self._reloader)
+                    self.followers.append(admin.configure)
+                    self.admin_port = await self._listen(stack, admin.application(), "admin_")
+                yield await self._listen(stack, self._application())
+
+    async def _listen(self, stack: AsyncExitStack, app: web.Application, which: str = "") -> int:
+        """Serve until the stack is closed; returns the port. `which` names its settings."""
+        host: str = getattr(self.settings, f"{which}host")
+        port: int = getattr(self.settings, f"{which}port")
+        runner = web.AppRunner(
+            app, handler_cancellation=True, shutdown_timeout=self.settings.drain_seconds, access_log=None
+        )
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        tls = self._certificate.context if self._certificate else None
+        try:
+            await Site(runner, self._in_force, host, port, ssl_context=tls, backlog=BACKLOG).start()
+        except OSError as error:
+            raise ConfigError(
+                f"can't listen on {host}:{port} ({error.strerror or error}): "
+                f"choose another {spelled(f'{which}port')} or {spelled(f'{which}host')}"
+            ) from None
+        return int(runner.addresses[0][1])
 
     def _application(self) -> web.Application:
-        limit = self.settings.max_body_mib << 20
-        app = web.Application(client_max_size=limit, middlewares=[openai_errors])
+        middlewares = [openai_errors, AccessLog(self._in_force).written, self._callers.known]
+        app = web.Application(middlewares=middlewares)
+        app[IN_FORCE] = self._in_force
         stored = Stored(self.pool, self._session)
         generation = Generation(self.pool, self._arrivals, stored, self._dispatcher, self.metrics)
         anywhere = Anywhere(
@@ -179,8 +232,6 @@ class Proxy:
         self._arrivals = Arrivals(
             self.index,
             self._tokens,
-            settings.classes,
-            settings.tenant_header,
             steering.promise,
             self._adapters,
         )
@@ -201,6 +252,9 @@ class Proxy:
             )
         )
         return steering
+
+    def _reschedule(self, settings: ProxySettings) -> None:
+        self.steering.configure(settings.scheduling, settings.fixed_slo)
 
     def _adapters(self) -> set[str]:
         return {name for instance in self.pool if instance.info for name in instance.info.adapters}

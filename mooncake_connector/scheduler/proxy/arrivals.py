@@ -1,6 +1,5 @@
 """A client's request as the policy sees it: length, keys, who asks, how urgent it is, what is promised."""
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from mooncake_connector.scheduler.policy.base import Arrival, Slo
 from mooncake_connector.scheduler.policy.prefix_index import PrefixIndex
 from mooncake_connector.scheduler.prompts.conversation import conversation_key, salt
 from mooncake_connector.scheduler.prompts.tokens import Tokens
+from mooncake_connector.scheduler.proxy.keys import Caller
 from mooncake_connector.scheduler.proxy.openai import BadRequest, ClientRequest
 from mooncake_connector.scheduler.proxy.progress import MOST_TOKENS
 from mooncake_connector.scheduler.proxy.settings import ServiceClass
@@ -45,8 +45,6 @@ class Arrivals:
     Args:
         index: whose keys are to be used.
         tokens: the tokenizer.
-        classes: of requests, by name; one of them is told by the API key.
-        tenant_header: names the tenant, if not empty; else the API key does.
         promise: the SLO of a model and a class's name, for a prompt of so many tokens.
         adapters: names that stand for a LoRA adapter.
     """
@@ -55,28 +53,21 @@ class Arrivals:
         self,
         index: PrefixIndex,
         tokens: Tokens,
-        classes: Mapping[str, ServiceClass],
-        tenant_header: str,
         promise: Callable[[str, str, int], Slo],
         adapters: Callable[[], Collection[str]],
     ) -> None:
         self._index = index
         self._tokens = tokens
-        self._classes = classes
-        self._by_key = {key: name for name, found in classes.items() for key in found.api_keys}
-        self._tenant_header = tenant_header.lower()
         self._promise = promise
         self._adapters = adapters
 
-    async def describe(self, request: ClientRequest, headers: Mapping[str, str]) -> Asked:
+    async def describe(self, request: ClientRequest, headers: Mapping[str, str], caller: Caller) -> Asked:
         """What the conductor is told of it.
 
         Raises:
             BadRequest: ``x-priority`` is not a number that it may be.
         """
-        key = _key_hash(headers)
-        name = self._by_key.get(key, "")
-        priority = _priority(headers, self._classes.get(name, ServiceClass()))
+        priority = _priority(headers, caller.service)
         prompt = await self._tokens.ids(request)
         ids = prompt.ids if prompt else NO_IDS
         keys = self._index.keys(ids, salt(request, self._adapters())) if len(ids) else ()
@@ -89,20 +80,12 @@ class Arrivals:
             max_tokens=_max_tokens(request),
             model=model,
             endpoint=request.path,
-            tenant=_header(headers, self._tenant_header) if self._tenant_header else key,
+            tenant=caller.tenant,
             conversation=conversation_key(request),
             priority=priority,
-            slo=self._promise(model, name, tokens),
+            slo=self._promise(model, caller.name, tokens),
         )
         return Asked(request, headers, arrival, ids)
-
-
-def _key_hash(headers: Mapping[str, str]) -> str:
-    """SHA-256 of the request's API key, in hexadecimal; empty if it has none."""
-    scheme, _, key = _header(headers, "authorization").partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
-        return ""
-    return hashlib.sha256(key.strip().encode(errors="surrogateescape")).hexdigest()
 
 
 def _priority(headers: Mapping[str, str], allowed: ServiceClass) -> int:

@@ -1,6 +1,7 @@
 """Who sends a request: told by its API key, and turned away without one if keys are required."""
 
 import hashlib
+from collections.abc import Mapping
 
 from aiohttp import hdrs, web
 
@@ -11,6 +12,7 @@ from mooncake_connector.scheduler.proxy.settings import ProxySettings, ServiceCl
 # Load balancers and Prometheus have no key; as with vLLM's own --api-key.
 OPEN = frozenset({"/health", "/ping", "/load", "/metrics"})
 HASH_SHOWN = 12
+STRANGER = Caller(engine_key="")
 
 
 class Callers:
@@ -29,15 +31,15 @@ class Callers:
         self._tenant_header = settings.tenant_header
         self._engine_key = settings.engine_api_key if settings.require_key else None
 
-    def of(self, http: web.Request) -> Caller | None:
-        """Who sends it; None if nobody who may."""
-        key = hashed(key_of(http.headers))
+    def of(self, headers: Mapping[str, str]) -> Caller | None:
+        """Who sends a request with these headers, whatever their names' case; None if nobody who may."""
+        key = hashed(key_of(headers))
         name = self._ring.find(key)
         if name is None and self._required:
             return None
         tenant, shown = key, key
         if self._tenant_header:
-            tenant = http.headers.get(self._tenant_header, "").strip()
+            tenant = headers.get(self._tenant_header, "").strip()
             shown = hashlib.sha256(tenant.encode(errors="surrogateescape")).hexdigest() if tenant else ""
         service = self._classes[name] if name else ServiceClass()
         return Caller(tenant, shown[:HASH_SHOWN], name or "", service, self._engine_key)
@@ -45,12 +47,11 @@ class Callers:
     @web.middleware
     async def known(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Note the caller in the request, or answer 401."""
-        caller = self.of(request)
-        if caller:
-            request[CALLER] = caller
+        caller = self.of(request.headers)
         # Browsers ask for permission (CORS) before they show a key.
-        elif request.path not in OPEN and request.method != hdrs.METH_OPTIONS:
+        if caller is None and request.path not in OPEN and request.method != hdrs.METH_OPTIONS:
             return unauthorized("API key" if not key_of(request.headers) else "valid API key")
+        request[CALLER] = caller or STRANGER
         return await handler(request)
 
 

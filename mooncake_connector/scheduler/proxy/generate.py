@@ -9,11 +9,14 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from mooncake_connector.scheduler.engines.pool import Pool
+from mooncake_connector.scheduler.proxy.access import ACCESS
 from mooncake_connector.scheduler.proxy.answer import Answer, DecodeFailed, NoDecode, Overloaded
 from mooncake_connector.scheduler.proxy.arrivals import Arrivals, Asked
+from mooncake_connector.scheduler.proxy.body import read_body
 from mooncake_connector.scheduler.proxy.dispatch import Dispatcher
 from mooncake_connector.scheduler.proxy.errors import error_answer, rejection_answer
 from mooncake_connector.scheduler.proxy.headers import forwarded_json, returned
+from mooncake_connector.scheduler.proxy.keys import CALLER
 from mooncake_connector.scheduler.proxy.metrics import ProxyMetrics
 from mooncake_connector.scheduler.proxy.openai import RESPONSES, BadRequest, ClientRequest
 from mooncake_connector.scheduler.proxy.relay import SLOW, relay
@@ -40,10 +43,10 @@ class Generation:
         outcome = "cancelled"
         answer: Answer | None = None
         try:
-            request = ClientRequest.parse(http.path, await http.read())
+            request = ClientRequest.parse(http.path, await read_body(http))
             timeline.mark("parsed")
             headers = forwarded_json(http, request.get("request_id"))
-            asked = await self._arrivals.describe(request, headers)
+            asked = await self._arrivals.describe(request, headers, http[CALLER])
             if request.path == RESPONSES:
                 asked = await self._at_holder(asked)
             timeline.mark("described")
@@ -63,7 +66,7 @@ class Generation:
 
             response, outcome = await _answered(http, answer, headers_back, timeline, tell)
             return response
-        except web.HTTPRequestEntityTooLarge:
+        except web.HTTPClientError:
             outcome = "client_error"
             raise
         except BadRequest as error:
@@ -91,6 +94,11 @@ class Generation:
             self._metrics.requests.labels(http.path, outcome).inc()
             self._metrics.duration.observe(time.perf_counter() - started)
             timeline.observe(self._metrics)
+            access = http[ACCESS]
+            access.outcome = outcome
+            if answer:
+                access.prefill, access.decode = answer.choice.prefill or "", answer.choice.decode
+                access.ttft, access.tokens = timeline.seconds("received", "first_byte"), answer.tokens
 
     async def _at_holder(self, asked: Asked) -> Asked:
         """A response that goes on from another one, made to go where that one is."""

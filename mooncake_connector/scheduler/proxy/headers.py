@@ -6,6 +6,7 @@ from aiohttp import hdrs, web
 from multidict import CIMultiDict
 
 from mooncake_connector.scheduler.proxy.identity import REQUEST_ID, TRACE_PARENT, Identity, current
+from mooncake_connector.scheduler.proxy.keys import API_KEY, CALLER
 
 HOP_BY_HOP = frozenset(
     {
@@ -25,6 +26,8 @@ OWN = frozenset({"content-length", "x-request-id"})
 # The proxy's word on who served counts, and no one else's.
 PREFIX = "x-mooncake-"
 NOT_FORWARDED = HOP_BY_HOP | OWN | {"host", "content-encoding", "accept-encoding", "expect"}
+# Where clients' keys are.
+KEYS = frozenset({"authorization", API_KEY})
 NOT_RETURNED = HOP_BY_HOP | OWN | {"date", "server"}
 
 
@@ -36,8 +39,14 @@ def identify(http: web.Request) -> Identity:
 
 
 def forwarded(http: web.Request) -> CIMultiDict[str]:
-    """The client's headers that are the engines' business, and the request's id."""
-    headers = _without(http.headers, NOT_FORWARDED)
+    """The client's headers that are the engines' business, the request's id, and the key for the engines."""
+    caller = http.get(CALLER)
+    if caller is None or caller.engine_key is None:
+        headers = _without(http.headers, NOT_FORWARDED)
+    else:
+        headers = _without(http.headers, NOT_FORWARDED | KEYS)
+        if caller.engine_key:
+            headers[hdrs.AUTHORIZATION] = f"Bearer {caller.engine_key}"
     if identity := current.get():
         headers[REQUEST_ID] = identity.request_id
     return headers

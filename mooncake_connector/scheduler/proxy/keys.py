@@ -10,13 +10,15 @@ from aiohttp import web
 
 from mooncake_connector.scheduler.proxy.settings import ServiceClass
 
+API_KEY = "x-api-key"
+
 
 def key_of(headers: Mapping[str, str]) -> str:
     """The API key in a request's headers: of ``Authorization: Bearer`` or ``x-api-key``; empty if none."""
     scheme, _, key = headers.get("Authorization", "").strip().partition(" ")
     if scheme.lower() == "bearer" and key.strip():
         return key.strip()
-    return headers.get("x-api-key", "").strip()
+    return headers.get(API_KEY, "").strip()
 
 
 def hashed(key: str) -> str:

@@ -9,6 +9,7 @@ import msgspec
 
 from mooncake_connector.scheduler.proxy import identity
 from mooncake_connector.scheduler.proxy.access import AccessLine
+from mooncake_connector.scheduler.proxy.settings import ProxySettings
 
 
 class TextFormatter(logging.Formatter):
@@ -43,16 +44,11 @@ class JsonFormatter(logging.Formatter):
         return msgspec.json.encode(found).decode()
 
 
-def configure(level: str, form: str) -> None:
-    """Have this process log so from now on.
-
-    Args:
-        level: ``debug``, ``info``, ``warning`` or ``error``.
-        form: ``text`` or ``json``.
-    """
+def configure(settings: ProxySettings) -> None:
+    """Have this process log as these settings say from now on."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter())
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
 
 
 def _request() -> dict[str, str]:

@@ -56,6 +56,13 @@ class Steering:
         self._waiting: dict[str, asyncio.Future[Verdict]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
+    def configure(self, settings: Scheduling, fixed_slo: Collection[str]) -> None:
+        """Promise, choose and admit by these settings from now on."""
+        self._settings = settings
+        self._fixed_slo = fixed_slo
+        self._conductor.configure(settings)
+        self._rearm()
+
     def promise(self, model: str, service_class: str, tokens: int) -> Slo:
         """What a request for this model by a client of this class is promised, for a prompt of `tokens`."""
         slo = self._settings.slo_of(model, service_class)

@@ -38,12 +38,17 @@ class Timeline:
     def mark(self, name: str) -> None:
         self.moments[name] = round(time.monotonic(), 6)
 
+    def seconds(self, begin: str, end: str) -> float | None:
+        """From one moment to another; None if one of them did not come."""
+        if begin in self.moments and end in self.moments:
+            return max(0.0, self.moments[end] - self.moments[begin])
+        return None
+
     def observe(self, metrics: ProxyMetrics) -> None:
         """Put the steps that the request went through into the histograms."""
         for name, begin, end in STEPS:
-            if begin in self.moments and end in self.moments:
-                passed = self.moments[end] - self.moments[begin]
-                metrics.step_seconds.labels(name).observe(max(0.0, passed))
+            if (passed := self.seconds(begin, end)) is not None:
+                metrics.step_seconds.labels(name).observe(passed)
 
 
 async def with_timeline(

@@ -1,0 +1,152 @@
+"""Clients that are too slow, too large or too many: on raw sockets."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from tests.proxy.conftest import Setting, Start
+from tests.proxy.fakes import MODEL, events
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+BODY = json.dumps({"model": MODEL, "prompt": "a", "stream": True}).encode()
+
+
+def head(length: int, *more: str) -> bytes:
+    lines = ["POST /v1/completions HTTP/1.1", "Host: proxy", "Content-Type: application/json"]
+    return "\r\n".join([*lines, f"Content-Length: {length}", *more, "\r\n"]).encode()
+
+
+@asynccontextmanager
+async def connected(setting: Setting) -> AsyncIterator[Streams]:
+    host, port = setting.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+async def told(reader: asyncio.StreamReader, within: float = 3.0) -> bytes:
+    """All until the proxy closes."""
+    async with asyncio.timeout(within):
+        return await reader.read()
+
+
+async def dribble(writer: asyncio.StreamWriter, data: bytes, pause: float = 0.02) -> None:
+    for byte in data:
+        writer.write(bytes([byte]))
+        await asyncio.sleep(pause)
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/compl", head(2)[:-2]])
+async def test_headers_that_do_not_come_in_time(start: Start, sent: bytes):
+    setting = await start(header_seconds=0.2)
+    async with connected(setting) as (reader, writer):
+        began = time.monotonic()
+        writer.write(sent)
+        assert (await told(reader)).startswith(b"HTTP/1.1 408 ")
+        assert 0.15 < time.monotonic() - began < 1.5
+
+
+async def test_headers_byte_by_byte_do_not_live_longer(start: Start):
+    setting = await start(header_seconds=0.2)
+    async with connected(setting) as (reader, writer):
+        slow = asyncio.create_task(dribble(writer, head(2, f"X-Pad: {'a' * 10_000}")))
+        began = time.monotonic()
+        got = await told(reader)
+        slow.cancel()
+        assert got.startswith(b"HTTP/1.1 408 ")
+        assert time.monotonic() - began < 1.5
+
+
+async def test_between_two_requests_a_connection_may_be_idle_but_the_second_must_hurry(start: Start):
+    setting = await start(header_seconds=0.2)
+    async with connected(setting) as (reader, writer):
+        for _ in range(2):
+            writer.write(head(len(BODY)) + BODY)
+            assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+            await reader.readuntil(b"0\r\n\r\n")
+            await asyncio.sleep(0.4)
+        writer.write(b"P")
+        assert (await told(reader)).startswith(b"HTTP/1.1 408 ")
+
+
+async def test_an_idle_connection_is_closed_in_the_end(start: Start):
+    setting = await start(keepalive_seconds=0.3)
+    async with connected(setting) as (reader, writer):
+        writer.write(b"GET /health HTTP/1.1\r\nHost: proxy\r\n\r\n")
+        got = await told(reader)
+        assert got.startswith(b"HTTP/1.1 200 ")
+
+
+async def test_an_answer_may_take_longer_than_all_of_these(start: Start):
+    setting = await start(header_seconds=0.1, body_seconds=0.1, keepalive_seconds=0.1)
+    setting.decode[0].gap, setting.decode[0].stream = 0.05, events(10)
+    async with connected(setting) as (reader, writer):
+        writer.write(head(len(BODY)) + BODY)
+        got = await told(reader)
+        assert b"data: [DONE]" in got
+
+
+async def test_a_body_that_does_not_come_in_time(start: Start):
+    setting = await start(body_seconds=0.2)
+    async with connected(setting) as (reader, writer):
+        writer.write(head(len(BODY)) + BODY[:-1])
+        began = time.monotonic()
+        answer = await reader.readuntil(b"\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"Connection: close" in answer
+        assert 0.15 < time.monotonic() - began < 1.5
+        assert b"did not come within 0.2 s" in await reader.readuntil(b"}}")
+    assert not setting.decode[0].calls
+    assert setting.count("requests_total", path="/v1/completions", outcome="client_error") == 1
+
+
+async def test_a_body_that_says_it_is_too_large_is_not_read(start: Start):
+    setting = await start(max_body_mib=1)
+    async with connected(setting) as (reader, writer):
+        writer.write(head(2 << 20))
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 413 ")
+        assert b"larger than 1 MiB" in await reader.readuntil(b"}}")
+
+
+async def test_a_body_that_turns_out_too_large(start: Start):
+    setting = await start(max_body_mib=1)
+    async with connected(setting) as (reader, writer):
+        chunk = b"10000\r\n" + b"a" * 0x10000 + b"\r\n"
+        chunked = b"POST /v1/completions HTTP/1.1\r\nHost: p\r\nTransfer-Encoding: chunked\r\n\r\n"
+        writer.write(chunked + 17 * chunk)
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 413 ")
+
+
+async def test_header_lines_that_are_too_long_or_too_many(start: Start):
+    setting = await start(max_header_kib=2)
+    for extra, status in (
+        ([f"X-Pad: {'a' * 1900}"], 200),
+        ([f"X-Pad: {'a' * 2100}"], 431),
+        ([f"X-{at}: a" for at in range(200)], 400),
+    ):
+        async with connected(setting) as (reader, writer):
+            writer.write(head(len(BODY), *extra) + BODY)
+            assert (await reader.readuntil(b"\r\n\r\n")).split()[1] == str(status).encode()
+
+
+async def test_so_many_connections_and_no_more(start: Start):
+    setting = await start(max_connections=2)
+    await setting.http.close()
+    async with connected(setting):
+        async with connected(setting) as second:
+            async with connected(setting) as (reader, _):
+                got = await told(reader)
+                assert got.startswith(b"HTTP/1.1 503 ")
+                assert b"2 connections" in got
+            second[1].write(b"GET /health HTTP/1.1\r\nHost: proxy\r\n\r\n")
+            assert b"200 OK" in await second[0].readuntil(b"\r\n")
+        await asyncio.sleep(0.05)
+        async with connected(setting) as (reader, writer):
+            writer.write(b"GET /health HTTP/1.1\r\nHost: proxy\r\n\r\n")
+            assert b"200 OK" in await reader.readuntil(b"\r\n")
