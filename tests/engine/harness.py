@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 
@@ -25,6 +25,7 @@ from mooncake_connector.scheduler.actuator.local import (
 )
 
 Prompt = str | list[int]
+Side = Literal["prefill", "decode"]
 TEXT_TOKENS = range(3, 390)  # what every tiny model's vocabulary has beside its special tokens
 
 
@@ -62,7 +63,11 @@ class Shape:
 
 @dataclass
 class Cluster:
-    """Running engines and the proxy before them."""
+    """Running engines and the proxy before them.
+
+    Attributes:
+        spare: makes another engine of that side; the caller starts and stops it.
+    """
 
     shape: Shape
     logs: Path
@@ -70,6 +75,7 @@ class Cluster:
     decodes: list[LocalEngine]
     reference: LocalEngine | None
     proxy: LocalProxy
+    spare: Callable[[Side], LocalEngine]
     _proxies: dict[tuple[str, ...], LocalProxy] = field(default_factory=dict)
 
     @property
@@ -130,19 +136,18 @@ def running(shape: Shape, logs: Path, preload: PreloadedVllm | None = None) -> I
         settings = {**dict(shape.extra), **dict(extra)}
         return push_config(role, settings, kv_load_failure_policy=shape.failure_policy)
 
-    prefills = [
-        engine(f"prefill-{i}", config("producer", shape.prefill_extra), shape.prefill_args)
-        for i in range(shape.prefill)
-    ]
-    decodes = [
-        engine(f"decode-{i}", config("consumer", shape.decode_extra), shape.decode_args)
-        for i in range(shape.decode)
-    ]
+    def one(side: Side, name: str) -> LocalEngine:
+        if side == "prefill":
+            return engine(name, config("producer", shape.prefill_extra), shape.prefill_args)
+        return engine(name, config("consumer", shape.decode_extra), shape.decode_args)
+
+    prefills = [one("prefill", f"prefill-{i}") for i in range(shape.prefill)]
+    decodes = [one("decode", f"decode-{i}") for i in range(shape.decode)]
     single = engine("single", None) if shape.single else None
     proxy = LocalProxy(
         [e.url for e in prefills], [e.url for e in decodes], args=shape.proxy_args, name="proxy", logs=logs
     )
-    cluster = Cluster(shape, logs, prefills, decodes, single, proxy)
+    cluster = Cluster(shape, logs, prefills, decodes, single, proxy, lambda side: one(side, f"spare-{side}"))
     try:
         start_all([p for p in cluster.processes if p is not proxy], timeout=400)
         if shape.proxy:
