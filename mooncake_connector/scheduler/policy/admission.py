@@ -315,7 +315,10 @@ class Gate:
         )
         # The promise is of the mean over an answer; answers end at any of the stages.
         means = np.cumsum((paces[1:] + paces[:-1]) / 2 * np.diff(STAGES)) / STAGES[1:]
-        tbt = Load("tbt", float(means.max()), self._slowest(arrival, answer, route.decode, share, now))
+        predicted = float(means.max())
+        slowest = self._slowest(arrival, route.decode, share, now)
+        # An engine that has nothing to do does what it can.
+        tbt = Load("tbt", predicted, slowest if slot.requests else max(slowest, predicted))
         if not slot.capacity:
             return tbt, float(means[-1])
         full = (need + share * np.maximum(slot.capacity - need, 0.0)) / slot.capacity
@@ -331,7 +334,7 @@ class Gate:
         batch, context, beyond = self._crowd(route.decode, now + route.ttft + LATER, now, ahead)
         context = context + beyond
         need = arrival.tokens + answer.mean
-        slowest = self._slowest(arrival, answer, route.decode, 1.0, now)
+        slowest = self._slowest(arrival, route.decode, 1.0, now)
         # An idle engine lets it in, whatever that takes.
         for later, others, tokens in zip(LATER.tolist(), batch.tolist(), context.tolist(), strict=True):
             load = self._load(route.decode, others, tokens + need, slowest)
@@ -339,11 +342,11 @@ class Gate:
                 return float(later)
         return float(LATER[-1])
 
-    def _slowest(self, arrival: Arrival, answer: Answer, name: str, share: float, now: float) -> float:
-        """Seconds per token up to which an engine may be slowed down, no less than what it takes alone."""
-        alone = self._step.seconds(name, 1, arrival.tokens + answer.ends[-2])
+    def _slowest(self, arrival: Arrival, name: str, share: float, now: float) -> float:
+        """Seconds per token up to which an engine may be slowed down; what it takes alone is not shared."""
+        alone = self._step.seconds(name, 1, arrival.tokens)
         limit = min(arrival.slo.tbt, self._ledger.strictest(name))
-        return max(alone, (alone + share * max(0.0, limit - alone)) / self.tbt.factor(now))
+        return (alone + share * max(0.0, limit - alone)) / self.tbt.factor(now)
 
     def _crowd(self, name: str, moments: Floats, now: float, ahead: Ahead) -> tuple[Floats, Floats, Floats]:
         """Batch and context of an engine at some moments, and tokens of KV that may be taken beyond that."""
