@@ -72,6 +72,27 @@ async def test_sigterm_lets_running_streams_end_and_takes_no_new_ones(engines: t
         await _ended(process)
 
 
+async def test_load_balancers_see_that_it_goes_and_lose_nothing(engines: tuple[FakeEngine, FakeEngine]):
+    prefill, decode = engines
+    environ = {"MOONCAKE_PROXY_LEAVE_SECONDS": "1.5"}
+    process, url = await _spawn("--prefill", prefill.url, "--decode", decode.url, **environ)
+    try:
+        async with aiohttp.ClientSession(url) as http:
+            await _healthy(http)
+            process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(1):
+                while True:
+                    async with http.get("/health") as reply:
+                        if reply.status == 503 and (await reply.json())["status"] == "draining":
+                            break
+            async with http.post("/v1/completions", json={"model": MODEL, "prompt": "a"}) as reply:
+                assert reply.status == 200
+                assert reply.headers["Connection"] == "close"
+        assert await asyncio.wait_for(process.wait(), 5) == 0
+    finally:
+        await _ended(process)
+
+
 @pytest.mark.parametrize("how", ["drain_seconds", "second_signal"])
 async def test_a_stream_that_does_not_end_is_cut(engines: tuple[FakeEngine, FakeEngine], how: str):
     prefill, decode = engines

@@ -213,6 +213,7 @@ class Proxy:
                 resource.add_route(hdrs.METH_OPTIONS, anywhere.options)
         app[PATIENCE] = self.settings.client_timeout
         app.on_response_prepare.append(stamp)
+        app.on_response_prepare.append(self._last)
         return app
 
     def _steer(self) -> Steering:
@@ -259,6 +260,12 @@ class Proxy:
     def _adapters(self) -> set[str]:
         return {name for instance in self.pool if instance.info for name in instance.info.adapters}
 
+    async def _last(self, _: web.Request, response: web.StreamResponse) -> None:
+        """Who keeps connections is told to give up this one, before it is closed under a request."""
+        if self.draining:
+            response.headers[hdrs.CONNECTION] = "close"
+            response.force_close()
+
     async def _health(self, _: web.Request) -> web.StreamResponse:
         healthy = self.pool.paired() and not self.draining
         state = "ok" if self.pool.paired() else "degraded" if self.pool.live("decode") else "down"
@@ -277,7 +284,7 @@ class Proxy:
         return web.Response(status=200 if healthy else 503, body=body, content_type="application/json")
 
     async def _ping(self, _: web.Request) -> web.StreamResponse:
-        return web.Response(status=200 if self.pool.paired() else 503)
+        return web.Response(status=200 if self.pool.paired() and not self.draining else 503)
 
     async def _load(self, _: web.Request) -> web.StreamResponse:
         load = sum(instance.requests for instance in self.pool.decode)
