@@ -133,10 +133,11 @@ def test_every_pair(fleet: Fleet, prefill: str, decode: str, tolerance: float) -
             id=name,
             marks=[pytest.mark.gpus(2), pytest.mark.engines(f"one {kind}", f"p {kind}", f"d {kind}")],
         )
-        # A value in fp8 that rounds the other way is off by up to a sixteenth.
+        # A value in fp8 that rounds the other way is off by up to a sixteenth. Other KV would choose tokens
+        # that are not among the reference's likeliest at all.
         for name, kind, tolerance, least in (
             ("latent attention", "mla", 0.25, 0.6),
-            ("KV in fp8", "fp8", 0.6, 0.2),
+            ("KV in fp8", "fp8", 1.0, 0.3),
         )
     ],
 )
