@@ -108,6 +108,9 @@ def told(error: BaseException) -> str:
     """What went wrong on the way to an engine, in few words."""
     if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno:
         return f"can't connect: {os.strerror(error.os_error.errno)}"
+    if isinstance(error, aiohttp.ClientResponseError | aiohttp.ClientPayloadError):
+        # Their text repeats bytes of an answer.
+        return f"what it sent breaks HTTP ({type(error).__name__})"
     return str(error) or type(error).__name__
 
 

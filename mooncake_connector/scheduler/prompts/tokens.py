@@ -159,7 +159,8 @@ class Tokens:
             given = _given(request)
             return given or (self._tokenizer.prompt(request) if self._tokenizer else None)
         except Exception as error:
-            log.debug("a prompt's tokens can't be told: %s: %s", type(error).__name__, error)
+            # Its text may repeat the prompt.
+            log.debug("a prompt's tokens can't be told: %s", type(error).__name__)
             return None
 
     async def _load(self, path: str) -> None:

@@ -65,18 +65,24 @@ class AccessLog:
         assert isinstance(connection, Connection)
         connection.began()
         began = time.monotonic()
-        status = 0
+        status: int | None = None
         try:
             response = await handler(request)
             status = response.status
             return response
+        except web.HTTPException as raised:
+            status = raised.status
+            raise
+        except Exception:
+            status = 500
+            raise
         finally:
             connection.ended()
             if self._in_force.settings.access_log and request.path not in OPEN:
                 log.info(_line(request, access, status, time.monotonic() - began))
 
 
-def _line(http: web.Request, access: Access, status: int, seconds: float) -> AccessLine:
+def _line(http: web.Request, access: Access, status: int | None, seconds: float) -> AccessLine:
     fields = {
         "method": http.method,
         # Neither the query, which may hold a key, nor decoded, which could break the line.

@@ -28,6 +28,7 @@ from mooncake_connector.scheduler.proxy.deadlines import Deadlines, within
 from mooncake_connector.scheduler.proxy.first_token import Early, EarlyReader, eligible
 from mooncake_connector.scheduler.proxy.journey import Journey
 from mooncake_connector.scheduler.proxy.metrics import ProxyMetrics
+from mooncake_connector.scheduler.proxy.openai import answered
 from mooncake_connector.scheduler.proxy.progress import PrefillTimes
 from mooncake_connector.scheduler.proxy.sse import EVENTS, Events
 from mooncake_connector.scheduler.proxy.timeline import Timeline
@@ -58,7 +59,11 @@ class Upstream(msgspec.Struct, frozen=True):
 
 
 class Attempt:
-    """Asks a placement's engines; what it leaves behind is an open answer, or nothing."""
+    """Asks a placement's engines; what it leaves behind is an open answer, or nothing.
+
+    Attributes:
+        doubted: leases of engines that answered with a 5xx: they may be to blame, or the request is.
+    """
 
     def __init__(self, up: Upstream, asked: Asked, journey: Journey, timeline: Timeline) -> None:
         self._up = up
@@ -69,6 +74,7 @@ class Attempt:
         self._lease = self._decode.lease(asked.arrival.tokens)
         self._transfer_id = uuid.uuid4().hex
         self._early: asyncio.Future[Early | None] | None = None
+        self.doubted: list[Lease] = []
 
     async def open(self) -> Answer:
         """Decode's answer, with its first bytes.
@@ -170,13 +176,13 @@ class Attempt:
             if early and not early.done():
                 early.set_result(None)
         if reply.status >= 500:
-            lease.failed(f"answered {reply.status}")
+            self._doubt(lease, reply.status)
         else:
             lease.served()
         if reply.status >= 400:
-            said = answer[:200].decode(errors="replace")
             refused = reply.status < 500
-            raise PrefillFailed(f"prefill {source.url} answered {reply.status}: {said}", refused=refused)
+            said = answered(reply.status, answer)
+            raise PrefillFailed(f"prefill {source.url} {said}", refused=refused)
         self._timeline.mark("prefill_answer")
         up.metrics.prefill_seconds.observe(time.perf_counter() - started)
         if rejected := journey.prefilled(PrefillTimes.of(up.engine.prefill_params(answer))):
@@ -195,9 +201,9 @@ class Attempt:
             for event in events.feed(chunk):
                 if failed := self._up.engine.stream_failure(event):
                     if failed[0] >= 500:
-                        lease.failed(f"answered {failed[0]}")
-                    said = failed[1][:200].decode(errors="replace")
-                    raise PrefillFailed(f"prefill {source.url} failed: {said}", refused=failed[0] < 500)
+                        self._doubt(lease, failed[0])
+                    said = answered(*failed)
+                    raise PrefillFailed(f"prefill {source.url} {said}", refused=failed[0] < 500)
                 if (found := reader.feed(event)) and not early.done():
                     self._timeline.mark("early")
                     early.set_result(found)
@@ -228,9 +234,8 @@ class Attempt:
             if streamed and (failed := self._up.engine.stream_failure(first)):
                 said = Reply(failed[0], {hdrs.CONTENT_TYPE: "application/json"}, failed[1])
             if said.status >= 500:
-                lease.failed(f"answered {said.status}")
-                shown = said.body[:200].decode(errors="replace")
-                raise DecodeFailed(f"decode {decode.url} answered {said.status}: {shown}", said)
+                self._doubt(lease, said.status)
+                raise DecodeFailed(f"decode {decode.url} {answered(said.status, said.body)}", said)
             if streamed and not first:
                 lease.failed("ended its stream before the first byte")
                 raise DecodeFailed(f"decode {decode.url} ended its stream before the first byte")
@@ -268,6 +273,10 @@ class Attempt:
         return Answer(
             self._journey, reply, first, streamed, self._lease, chunk, self._timeline, reading, early
         )
+
+    def _doubt(self, lease: Lease, status: int) -> None:
+        lease.doubt(f"answered {status}")
+        self.doubted.append(lease)
 
     def _patience(self) -> float:
         """Seconds until decode's first bytes; those of an answer in one piece come with its last."""

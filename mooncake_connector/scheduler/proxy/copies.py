@@ -19,7 +19,7 @@ from mooncake_connector.scheduler.proxy.answer import BROKEN
 from mooncake_connector.scheduler.proxy.arrivals import Asked
 from mooncake_connector.scheduler.proxy.aside import Aside
 from mooncake_connector.scheduler.proxy.metrics import ProxyMetrics
-from mooncake_connector.scheduler.proxy.openai import COMPLETIONS, ClientRequest
+from mooncake_connector.scheduler.proxy.openai import COMPLETIONS, ClientRequest, answered
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Copies:
         ) as reply:
             said = await reply.read()
             if reply.status != 200:
-                raise _Refused(f"{url} answered {reply.status}: {said[:200].decode(errors='replace')}")
+                raise _Refused(f"{url} {answered(reply.status, said)}")
 
 
 class _Refused(Exception):

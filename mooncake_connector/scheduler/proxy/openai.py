@@ -11,6 +11,7 @@ COMPLETIONS = "/v1/completions"
 RESPONSES = "/v1/responses"
 MESSAGES = "/v1/messages"
 CHARS_PER_TOKEN = 4
+LONGEST_KIND = 64
 
 # What reading JSON may raise that somebody else wrote.
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -90,6 +91,21 @@ def read_fields(raw: bytes) -> dict[str, msgspec.Raw]:
         if TRANSFER in inner:
             raise BadRequest(f"{TRANSFER} is set by the proxy for each request; leave it out", XARGS)
     return fields
+
+
+def answered(status: int, body: bytes) -> str:
+    """What an engine answered, for logs: the status, and the ``type`` of the error if it says one.
+
+    The rest of its body may repeat what it refuses: a prompt.
+    """
+    try:
+        found = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        found = None
+    error = found.get("error", found) if isinstance(found, dict) else None
+    kind = error.get("type") if isinstance(error, dict) else None
+    named = isinstance(kind, str) and kind.isidentifier() and len(kind) <= LONGEST_KIND
+    return f"answered {status} ({kind})" if named else f"answered {status}"
 
 
 def error_body(message: str, kind: str, code: int, param: str | None = None) -> bytes:
