@@ -33,7 +33,8 @@ def preload() -> Iterator[PreloadedVllm | None]:
 def _session_cluster(
     tmp_path_factory: pytest.TempPathFactory, preload: PreloadedVllm | None
 ) -> Iterator[Cluster]:
-    with running(Shape(), tmp_path_factory.mktemp("cluster"), preload) as cluster:
+    tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    with running(Shape(args=tools), tmp_path_factory.mktemp("cluster"), preload) as cluster:
         yield cluster
 
 

@@ -4,13 +4,17 @@ import asyncio
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+import aiohttp
+import anthropic
 import openai
 import pytest
 
 from mooncake_connector.demo.models import make
-from tests.engine.harness import Cluster
+from tests.engine.harness import Cluster, metric
 
+LOADED = "vllm:external_prefix_cache_hits_total"
 WORDS = "prefill and decode are two phases of one answer; " * 12
 
 
@@ -42,6 +46,123 @@ async def test_openai_client(cluster: Cluster) -> None:
             )
         )
     assert answers[0] == answers[1]
+
+
+async def test_responses(cluster: Cluster, http: aiohttp.ClientSession) -> None:
+    answers = []
+    before = await metric(http, cluster.decode.url, LOADED)
+    for url in (cluster.single.url, cluster.url):
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            asked = {"model": "m", "instructions": "Be brief.", "max_output_tokens": 12, "temperature": 0.0}
+            whole = await client.responses.create(input="A response: " + WORDS, **asked)
+            stream = await client.responses.create(input="A streamed one: " + WORDS, stream=True, **asked)
+            events = [event async for event in stream]
+        answers.append(
+            (
+                whole.output_text,
+                whole.usage and (whole.usage.input_tokens, whole.usage.output_tokens),
+                list(dict.fromkeys(event.type for event in events)),
+                "".join(event.delta for event in events if event.type == "response.output_text.delta"),
+            )
+        )
+    assert answers[0] == answers[1]
+    assert answers[0][1] == (answers[0][1][0], 12)
+    assert await metric(http, cluster.decode.url, LOADED) - before > 300
+
+
+async def test_messages(cluster: Cluster, http: aiohttp.ClientSession) -> None:
+    answers = []
+    before = await metric(http, cluster.decode.url, LOADED)
+    for url in (cluster.single.url, cluster.url):
+        async with anthropic.AsyncAnthropic(base_url=url, api_key="none") as client:
+            asked = {"model": "m", "system": "Be brief.", "max_tokens": 12}
+            greedy = {"extra_body": {"temperature": 0.0}}
+            said = [{"role": "user", "content": "A message: " + WORDS}]
+            whole = await client.messages.create(messages=said, **asked, **greedy)
+            said = [{"role": "user", "content": "A streamed message: " + WORDS}]
+            stream = await client.messages.create(messages=said, stream=True, **asked, **greedy)
+            events = [event async for event in stream]
+            counted = await client.messages.count_tokens(model="m", messages=said)
+        answers.append(
+            (
+                [(block.type, block.text) for block in whole.content],
+                whole.usage.output_tokens,
+                list(dict.fromkeys(event.type for event in events)),
+                "".join(event.delta.text for event in events if event.type == "content_block_delta"),
+                counted.input_tokens,
+            )
+        )
+    assert answers[0] == answers[1]
+    assert await metric(http, cluster.decode.url, LOADED) - before > 300
+
+
+async def test_tools_schemas_and_logprobs(cluster: Cluster) -> None:
+    answers = []
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": schema}}
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema, "strict": True}}
+    for url in (cluster.single.url, cluster.url):
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+
+            async def chat(
+                word: str, client: openai.AsyncOpenAI = client, **asked: Any
+            ) -> list[dict[str, Any]]:
+                said: Any = [{"role": "user", "content": WORDS + word}]
+                found = await client.chat.completions.create(
+                    model="m", messages=said, max_tokens=40, **{"temperature": 0, **asked}
+                )
+                return [choice.model_dump() for choice in found.choices]
+
+            chosen = {"type": "function", "function": {"name": "f"}}
+            called = await chat("tool", tools=[tool], tool_choice=chosen)
+            formed = await chat("schema", response_format=form)
+            several = await chat("several", n=3, logprobs=True, top_logprobs=2, temperature=1, seed=7)
+            prompt = await client.completions.create(
+                model="m", prompt=WORDS, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 1}
+            )
+        (call,) = called[0]["message"]["tool_calls"]
+        answers.append(
+            (
+                (call["function"]["name"], call["function"]["arguments"]),
+                json.loads(formed[0]["message"]["content"]),
+                [
+                    [(token["token"], len(token["top_logprobs"])) for token in choice["logprobs"]["content"]]
+                    for choice in several
+                ],
+                len(prompt.choices[0].model_dump()["prompt_logprobs"]),
+            )
+        )
+    assert answers[0] == answers[1]
+    assert answers[0][0][0] == "f"
+    assert answers[0][1].keys() == {"a"}
+    assert len(answers[0][2]) == 3
+
+
+async def test_what_any_engine_answers(cluster: Cluster, http: aiohttp.ClientSession) -> None:
+    found = []
+    for url in (cluster.single.url, cluster.url):
+        answers = []
+        for path, body in (
+            ("/tokenize", {"model": "m", "prompt": WORDS}),
+            ("/tokenize", {"model": "m", "messages": [{"role": "user", "content": WORDS}]}),
+            ("/detokenize", {"model": "m", "tokens": [40, 41, 42]}),
+            ("/v1/chat/completions/render", {"model": "m", "messages": [{"role": "user", "content": "a"}]}),
+            ("/v1/embeddings", {"model": "m", "input": WORDS}),
+        ):
+            async with http.post(url + path, json=body) as answer:
+                told = await answer.json()
+                answers.append(
+                    (path, answer.status, told.get("tokens"), told.get("prompt"), told.get("error"))
+                )
+        async with http.get(f"{url}/version") as answer:
+            answers.append(await answer.json())
+        found.append(answers)
+    assert found[0] == found[1]
+    assert [answer[1] for answer in found[0][:3]] == [200] * 3
+    for path in ("/sleep", "/reset_prefix_cache", "/collective_rpc"):
+        async with http.post(cluster.url + path, json={}) as answer:
+            assert answer.status == 404
 
 
 async def test_openai_client_sees_errors(cluster: Cluster) -> None:
