@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 
 from mooncake_connector.scheduler.proxy.app import Proxy
@@ -17,13 +18,19 @@ from tests.proxy.fakes import FakeEngine
 
 @dataclass
 class Setting:
-    """A proxy with its engines. `http` has the proxy as base URL."""
+    """A proxy with its engines. `http` has the proxy as base URL; `settings` are what a reload would read."""
 
     proxy: Proxy
     url: str
     http: aiohttp.ClientSession
     prefill: list[FakeEngine]
     decode: list[FakeEngine]
+    settings: ProxySettings
+
+    def reload(self, **changed: Any) -> list[str]:
+        """Have the proxy read settings that differ by these."""
+        self.settings = msgspec.structs.replace(self.settings, **changed)
+        return self.proxy.reload()
 
     async def settled(self, check: Callable[[Proxy], bool], within: float = 5.0) -> None:
         """Wait until the proxy's pools are as `check` wants."""
@@ -60,11 +67,12 @@ async def start() -> AsyncIterator[Start]:
             options = {"port": 0, "check_seconds": 0.1, "drain_seconds": 1, **settings}
             options["prefill"] = tuple(engine.url for engine in ps)
             options["decode"] = tuple(engine.url for engine in ds)
-            proxy = Proxy(ProxySettings(**options))
+            settings_read = ProxySettings(**options)
+            proxy = Proxy(settings_read, load=lambda: setting.settings)
             port = await stack.enter_async_context(proxy.open())
             url = f"http://127.0.0.1:{port}"
             http = await stack.enter_async_context(aiohttp.ClientSession(url))
-            setting = Setting(proxy, url, http, ps, ds)
+            setting = Setting(proxy, url, http, ps, ds, settings_read)
             if ready:
                 await setting.settled(lambda proxy: all(instance.up for instance in proxy.pool))
             return setting

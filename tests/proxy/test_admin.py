@@ -5,6 +5,7 @@ import hashlib
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -17,9 +18,12 @@ from mooncake_connector.scheduler.proxy.connections import Site
 from mooncake_connector.scheduler.proxy.membership import Membership
 from mooncake_connector.scheduler.proxy.reload import Reloader
 from mooncake_connector.scheduler.proxy.settings import InForce, ProxySettings, ServiceClass
+from tests.proxy.conftest import Start
+from tests.proxy.fakes import MODEL, FakeEngine, events
 
 KEY = {"Authorization": "Bearer admin"}
 HASH = hashlib.sha256(b"admin").hexdigest()
+STREAM = {"model": MODEL, "prompt": [1, 2], "stream": True}
 SETTINGS = ProxySettings(prefill=("http://p:1",), decode=("http://d:1",), admin_keys=(HASH,))
 
 
@@ -91,3 +95,55 @@ def test_settings_are_shown_without_secrets():
         assert hidden not in text
     assert shown(settings)["classes"]["gold"]["api_keys"] == [f"{secret[:12]}..."]
     assert shown(settings)["port"] == 8000
+
+
+async def test_engines_are_added_drained_and_removed_while_requests_run(start: Start):
+    setting = await start(admin_keys=(HASH,), admin_port=0)
+    old, new = setting.decode[0], FakeEngine("kv_consumer")
+    await new.start()
+    old.stream, old.gap = events(20), 0.02
+    admin = aiohttp.ClientSession(f"http://127.0.0.1:{setting.proxy.admin_port}", headers=KEY)
+
+    async def change(what: str, url: str, status: int, **more: str) -> dict[str, Any]:
+        async with admin.post(f"/engines/{what}", json={"url": url, **more}) as reply:
+            assert reply.status == status
+            found: dict[str, Any] = await reply.json()
+            return found
+
+    async with admin, setting.http.post("/v1/completions", json=STREAM) as reply:
+        got = await reply.content.readany()
+        assert (await change("drain", old.url, 200))["state"] == "draining"
+        async with setting.http.post("/v1/completions", json=STREAM) as refused:
+            assert refused.status == 503
+        assert (await change("add", new.url + "/", 201, side="decode"))["state"] == "starting"
+        await setting.settled(lambda proxy: proxy.pool[new.url].usable)
+        async with setting.http.post("/v1/completions", json=STREAM) as second:
+            assert second.headers["x-mooncake-decode"] == new.url
+        assert (await change("undrain", old.url, 200))["state"] == "up"
+        assert (await change("remove", old.url, 202))["requests"] == 1
+        got += await reply.content.read()
+        assert got == b"".join(events(20))
+        await setting.settled(lambda proxy: old.url not in proxy.pool)
+        await change("remove", old.url, 404)
+        async with admin.get("/engines") as listed:
+            found = await listed.json()
+        assert [engine["url"] for engine in found["decode"]] == [new.url]
+    await new.stop()
+
+
+async def test_a_reload_says_what_changed_or_why_nothing_did(start: Start):
+    setting = await start(admin_keys=(HASH,), admin_port=0)
+    other = hashlib.sha256(b"other").hexdigest()
+    url = f"http://127.0.0.1:{setting.proxy.admin_port}"
+    async with aiohttp.ClientSession(url, headers=KEY) as admin:
+        setting.settings = msgspec.structs.replace(setting.settings, order="serial")
+        async with admin.post("/reload") as reply:
+            assert reply.status == 409
+            assert "--order" in (await reply.json())["error"]["message"]
+        setting.settings = msgspec.structs.replace(setting.settings, order="concurrent", admin_keys=(other,))
+        async with admin.post("/reload") as reply:
+            assert await reply.json() == {"changed": ["admin_keys"]}
+        async with admin.post("/reload") as reply:
+            assert reply.status == 401
+    async with aiohttp.ClientSession(setting.url, headers=KEY) as http, http.get("/engines") as reply:
+        assert reply.status == 404

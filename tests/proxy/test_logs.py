@@ -21,13 +21,17 @@ KEY, PROMPT, QUERY, ENGINE_KEY, ADMIN = "sk-client", "my diary", "q-secret", "sk
 SECRETS = (KEY, PROMPT, QUERY, ENGINE_KEY, ADMIN)
 
 
+# Its URL, where its log goes, its engines.
+Running = tuple[str, Path, list[FakeEngine], asyncio.subprocess.Process]
+
+
 def sha256(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 @asynccontextmanager
-async def running(tmp_path: Path, *options: str) -> AsyncIterator[tuple[str, Path, list[FakeEngine]]]:
-    """The command with engines behind it: its URL, and where its log goes."""
+async def running(tmp_path: Path, *options: str) -> AsyncIterator[Running]:
+    """The command with engines behind it."""
     engines = [FakeEngine("kv_producer"), FakeEngine("kv_consumer")]
     for engine in engines:
         await engine.start()
@@ -54,7 +58,7 @@ classes: {{gold: {{api_keys: [{sha256(KEY)}]}}}}
     try:
         assert process.stdout
         url = (await asyncio.wait_for(process.stdout.readline(), 10)).decode().split()[-1]
-        yield url, log, engines
+        yield url, log, engines, process
     finally:
         process.terminate()
         await asyncio.wait_for(process.wait(), 10)
@@ -95,7 +99,7 @@ async def ask(url: str, engines: list[FakeEngine]) -> None:
 
 @pytest.mark.parametrize("form", ["text", "json"])
 async def test_no_secret_is_in_the_log_and_each_request_is(tmp_path: Path, form: str):
-    async with running(tmp_path, "--log-level", "debug", "--log-format", form) as (url, log, engines):
+    async with running(tmp_path, "--log-level", "debug", "--log-format", form) as (url, log, engines, _):
         await ask(url, engines)
     text = log.read_text()
     for secret in SECRETS:

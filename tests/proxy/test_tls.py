@@ -45,10 +45,10 @@ async def test_clients_speak_https_and_a_new_certificate_cuts_no_stream(start: S
             assert await subject(setting, trust) == "old"
             cert.write_bytes(new[0].read_bytes())
             with pytest.raises(ConfigError, match=r"can.t be used"):
-                setting.proxy.reload()  # the key is still the old one's
+                setting.reload()  # the key is still the old one's
             assert await subject(setting, trust) == "old"
             key.write_bytes(new[1].read_bytes())
-            setting.proxy.reload()
+            setting.reload()
             assert await subject(setting, trust) == "new"
             got += await reply.content.read()
         assert got == b"".join(events(20))
