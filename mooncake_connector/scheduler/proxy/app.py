@@ -11,6 +11,7 @@ from aiohttp import hdrs, web
 
 from mooncake_connector.errors import ConfigError
 from mooncake_connector.scheduler.engines.base import Engine
+from mooncake_connector.scheduler.engines.connections import connector
 from mooncake_connector.scheduler.engines.holdings import Holdings
 from mooncake_connector.scheduler.engines.pool import Instance, Pool
 from mooncake_connector.scheduler.engines.probe import Prober
@@ -43,8 +44,6 @@ from mooncake_connector.scheduler.proxy.steering import Steering
 from mooncake_connector.scheduler.proxy.stored import Stored
 from mooncake_connector.scheduler.proxy.tls import Certificate
 
-# uvicorn closes an idle connection after 5 s: leave before it does, or a request meets a closing socket.
-KEEPALIVE_SECONDS = 4.0
 # Connections that the kernel takes before the proxy does: many clients may come at once.
 BACKLOG = 1024
 
@@ -119,7 +118,7 @@ class Proxy:
         settings = self.settings
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout)
         async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
+            connector=connector(),
             timeout=timeout,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,

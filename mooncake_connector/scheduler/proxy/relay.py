@@ -67,6 +67,15 @@ async def relay(
             client.waiting = True
             # The blank line ends an event that was cut in two; no [DONE] follows, for it is not done.
             await response.write(b"\n\n" + broken_event(http.path, str(error)))
+        except ConnectionResetError:
+            raise
+        except Exception:
+            # What has begun can't become a 500: another head in the middle of a stream would be none.
+            log.exception("%s %s failed", http.method, http.rel_url.raw_path)
+            outcome = "proxy_error"
+            client.waiting = True
+            said = "the proxy failed; its log has the cause"
+            await response.write(b"\n\n" + broken_event(http.path, said))
         client.waiting = True
         await response.write_eof()
     except ConnectionResetError:
