@@ -274,9 +274,9 @@ class Gate:
                 load, tbt = self._whole(arrival, other, answer, share, now, aged)
                 if load.share <= 1:
                     return msgspec.structs.replace(other, tbt=tbt)
-        wait = self._wait(arrival, route, answer, share, now, ahead)
+        wait, again = self._wait(arrival, route, answer, share, now, ahead)
         patience = limit - margin * route.ttft
-        return Refusal(worst.rejected(wait), wait if math.isfinite(patience) else None, patience)
+        return Refusal(worst.rejected(again), wait if math.isfinite(patience) else None, patience)
 
     def _modest(self, dear: float) -> float:
         """The part of what is left that a request may use: who takes much makes room for many."""
@@ -329,18 +329,21 @@ class Gate:
 
     def _wait(
         self, arrival: Arrival, route: Route, answer: Answer, share: float, now: float, ahead: Ahead
-    ) -> float:
-        """Seconds until its decode engine is predicted to have room for it and for those ahead of it."""
+    ) -> tuple[float, float]:
+        """Seconds until its decode engine is predicted to have room for it and for those ahead of it; and
+        until it lets it in, be it that it has nothing to do."""
         batch, context, beyond = self._crowd(route.decode, now + route.ttft + LATER, now, ahead)
         context = context + beyond
         need = arrival.tokens + answer.mean
         slowest = self._slowest(arrival, route.decode, 1.0, now)
-        # An idle engine lets it in, whatever that takes.
+        few = IDLE + ahead.requests / len(self._ledger.writers())
+        idle = float(LATER[-1])
         for later, others, tokens in zip(LATER.tolist(), batch.tolist(), context.tolist(), strict=True):
-            load = self._load(route.decode, others, tokens + need, slowest)
-            if load.share <= share or others < IDLE:
-                return float(later)
-        return float(LATER[-1])
+            if others < few:
+                idle = min(idle, later)
+            if self._load(route.decode, others, tokens + need, slowest).share <= share:
+                return float(later), min(idle, later)
+        return float(LATER[-1]), idle
 
     def _slowest(self, arrival: Arrival, name: str, share: float, now: float) -> float:
         """Seconds per token up to which an engine may be slowed down; what it takes alone is not shared."""

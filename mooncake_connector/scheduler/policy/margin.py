@@ -7,7 +7,7 @@ from collections import deque
 import msgspec
 
 # Of those let in, this share may find a promise broken; the two promises share it.
-BROKEN = 0.05
+BROKEN = 0.04
 # No wider than that: beyond, hardly anybody but the idle would be let in.
 WIDEST = 8.0
 # Of the last so many the larger margin counts: the few make it wide soon, the many keep it so for a while.
