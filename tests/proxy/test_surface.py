@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import re
+from pathlib import Path
 
 import openai
 import pytest
 from yarl import URL
 
-from mooncake_connector.scheduler.proxy.endpoints import ANY, DECODE, DECODE_ALONE, DISAGGREGATED
+from mooncake_connector.scheduler.proxy.endpoints import ANY, DECODE, DECODE_ALONE, DISAGGREGATED, STORED
 from tests.proxy.conftest import Setting, Start
 from tests.proxy.fakes import MODEL
 
@@ -363,6 +365,13 @@ async def test_the_length_of_a_response_is_counted(start: Start):
     await post(setting, "/v1/messages", b'{"messages":[],"max_tokens":90}')
     await setting.settled(lambda _: len(ended) == 2)
     assert ended == [77, 55]
+
+
+def test_every_endpoint_is_documented():
+    told = (Path(__file__).parents[2] / "docs" / "proxy.md").read_text()
+    for path in [*DISAGGREGATED, *DECODE_ALONE, *(path for _, path in (*DECODE, *STORED, *ANY))]:
+        named = re.sub(r":[^}]*\}+", "}", path)  # aiohttp's pattern of a path's variable
+        assert f"{named}`" in told, named
 
 
 def calls(setting: Setting) -> list:
