@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from mooncake_connector.scheduler.engines.breaker import FAILURES
+from mooncake_connector.scheduler.engines.breaker import FAILURES, PAUSE
 from mooncake_connector.scheduler.proxy import deadlines
 from mooncake_connector.scheduler.proxy.retry_budget import RetryBudget
 from tests.proxy.conftest import Setting, Start
@@ -132,10 +132,12 @@ async def test_what_waits_for_an_engine_that_went_deaf_is_ended(
 async def test_an_engine_whose_requests_fail_is_left_out_and_comes_back(start: Start):
     setting = await start(1, 2)
     bad, _ = setting.decode
+    instance = setting.proxy.pool[bad.url]
+    now = 100.0
+    instance.clock = lambda: now
     bad.failures = [503] * FAILURES
     while bad.failures:
         assert await generate(setting) == b"".join(events())
-    instance = setting.proxy.pool[bad.url]
     assert instance.up
     assert instance.breaker.state(instance.clock()) == "open"
     before = len(bad.calls)
@@ -146,16 +148,17 @@ async def test_an_engine_whose_requests_fail_is_left_out_and_comes_back(start: S
     assert setting.count("breaker_opened_total", side="decode", engine=bad.url) == 1
     async with setting.http.get("/health") as reply:
         assert [each["breaker"] for each in (await reply.json())["decode"]] == ["open", "closed"]
-    await setting.settled(lambda _: instance.breaker.allows(instance.clock()))
-    async with asyncio.timeout(5):
-        while instance.breaker.state(instance.clock()) != "closed":
-            await generate(setting)
+    now += PAUSE
+    assert instance.breaker.state(now) == "half_open"
+    while instance.breaker.state(now) != "closed":
+        await generate(setting)
     assert len(bad.calls) == before + 1
 
 
 async def test_the_last_engine_of_a_pool_is_never_left_out(start: Start):
     setting = await start(1, 2, max_retries=0)
-    for engine in setting.decode:
+    for engine, instance in zip(setting.decode, setting.proxy.pool.decode, strict=True):
+        instance.clock = lambda: 100.0
         engine.failures = [503] * 3 * FAILURES
     while any(engine.failures for engine in setting.decode):
         async with setting.http.post(PATH, json=TEXT) as reply:
@@ -163,6 +166,17 @@ async def test_the_last_engine_of_a_pool_is_never_left_out(start: Start):
     for instance in setting.proxy.pool.decode:
         assert instance.breaker.opened >= 1
     assert await generate(setting) == b"".join(events())
+
+
+async def test_a_request_that_every_engine_answers_with_an_error_is_held_against_none(start: Start):
+    setting = await start(1, 2)
+    for engine in setting.decode:
+        engine.failures = [500] * 1000
+    for _ in range(2 * FAILURES):
+        async with setting.http.post(PATH, json=TEXT) as reply:
+            assert reply.status == 500
+    assert [instance.breaker.opened for instance in setting.proxy.pool] == [0, 0, 0]
+    assert all(len(engine.calls) >= FAILURES for engine in setting.decode)
 
 
 async def test_an_outage_does_not_become_a_storm(start: Start):

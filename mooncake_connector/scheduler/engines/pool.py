@@ -67,10 +67,23 @@ class Lease:
         """The engine answered, be it with a refusal."""
         self._instance.breaker.succeeded(self._began, self._instance.clock())
 
+    @property
+    def url(self) -> str:
+        """The engine's."""
+        return self._instance.url
+
     def failed(self, reason: str, *, gone: bool = False) -> None:
         """The engine failed it: probe it now; `gone`: leave it out of the choice until that succeeds."""
-        self._instance.breaker.failed(self._began, self._instance.clock())
+        self.blame()
         self._instance.suspect(reason, gone=gone)
+
+    def doubt(self, reason: str) -> None:
+        """The engine failed it, but may not be to `blame`: probe it now."""
+        self._instance.suspect(reason)
+
+    def blame(self) -> None:
+        """Count a failure against the engine."""
+        self._instance.breaker.failed(self._began, self._instance.clock())
 
     def release(self) -> None:
         """It is over; more than once is no harm."""

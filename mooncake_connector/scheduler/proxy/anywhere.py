@@ -120,6 +120,7 @@ class Anywhere:
     ) -> tuple[web.StreamResponse, str]:
         tried: set[str] = set()
         failure: _Failed | None = None
+        doubted: list[Lease] = []
         self._budget.earn()
         while len(tried) < self._attempts:
             instance = first or self._least_busy(sides, tried)
@@ -135,9 +136,18 @@ class Anywhere:
             try:
                 http[ACCESS].served_by(instance.side, instance.url)
                 with instance.lease(0) as lease:
-                    return await self._ask(http, call, instance, lease)
+                    found = await self._ask(http, call, instance, lease)
             except _Failed as error:
                 failure = error
+                if error.response:
+                    doubted.append(lease)
+            else:
+                for lease in doubted:
+                    lease.blame()
+                return found
+        # What two engines answer with a 5xx is more likely the request's fault than theirs.
+        if len(doubted) == 1:
+            doubted[0].blame()
         if failure is None:
             states = "; ".join(f"{i.url}: {i.reason}" for i in self._pool if i.side in sides)
             message = f"no {' or '.join(sides)} engine is usable ({states})"
@@ -180,7 +190,7 @@ class Anywhere:
                 first = await (reply.content.readany() if _streamed(reply) else reply.read())
             # 501 is vLLM's way to say that the model can't do it: no other engine could.
             if reply.status >= 500 and reply.status != HTTPStatus.NOT_IMPLEMENTED:
-                lease.failed(f"answered {reply.status}")
+                lease.doubt(f"answered {reply.status}")
                 answer = web.Response(status=reply.status, body=first, headers=returned(reply.headers))
                 raise _Failed(f"{instance.url} answered {reply.status}", answer)
             lease.served()

@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 
 from mooncake_connector.scheduler.engines.base import Engine
-from mooncake_connector.scheduler.engines.pool import Pool
+from mooncake_connector.scheduler.engines.pool import Lease, Pool
 from mooncake_connector.scheduler.policy.base import Placement
 from mooncake_connector.scheduler.proxy.answer import (
     Answer,
@@ -92,6 +92,21 @@ class Dispatcher:
             Overloaded: the conductor rejects it.
             DecodeFailed: everybody tried failed.
         """
+        doubted: list[Lease] = []
+        try:
+            answer = await self._tried(asked, timeline, doubted)
+        except DecodeFailed:
+            # What two engines answer with a 5xx is more likely the request's fault than theirs.
+            if len({lease.url for lease in doubted}) < 2:
+                for lease in doubted:
+                    lease.blame()
+            raise
+        for lease in doubted:
+            lease.blame()
+        return answer
+
+    async def _tried(self, asked: Asked, timeline: Timeline, doubted: list[Lease]) -> Answer:
+        """See `open`; notes in `doubted` whom somebody else's answer puts in the wrong."""
         alone = self._engine.alone(asked.request)
         avoid: set[str] = set(asked.avoid)
         answered: set[str] = set()
@@ -114,8 +129,9 @@ class Dispatcher:
                 journey.over(None)
                 alone = "decode_failed"
                 continue
+            attempt = Attempt(self._up, asked, journey, timeline)
             try:
-                answer = await Attempt(self._up, asked, journey, timeline).open()
+                answer = await attempt.open()
             except PrefillFailed as error:
                 if not error.refused and not self._affordable():
                     raise DecodeFailed(f"{error}; {SPENT}") from None
@@ -145,6 +161,8 @@ class Dispatcher:
                     self._note(choice)
                 answer.again = partial(self._again, asked, answer, timeline)
                 return answer
+            finally:
+                doubted += attempt.doubted
 
     async def finish(self, answer: Answer, *, whole: bool) -> None:
         """Close `answer`; unless it reached its end (`whole`), its prefill is cancelled too."""
