@@ -80,6 +80,7 @@ class FakeEngine:
             b'{"id":"x", "choices":[{"text":"hi","index":0,"finish_reason":"stop"}],  "object":"text"}'
         )
         self.healthy = True
+        self.key = ""  # as of vLLM's --api-key
         self.responses: set[str] = set()  # those that it keeps
         self.port = 0
         self._runner: web.AppRunner | None = None
@@ -93,7 +94,7 @@ class FakeEngine:
         return 40000 + self.port % 1000
 
     async def start(self) -> None:
-        app = web.Application(client_max_size=1 << 28)
+        app = web.Application(client_max_size=1 << 28, middlewares=[self._guarded])
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         for path in GENERATES:
@@ -117,6 +118,13 @@ class FakeEngine:
             while len(self.calls) <= index:  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
         return self.calls[index]
+
+    @web.middleware
+    async def _guarded(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        given = request.headers.get("Authorization")
+        if self.key and request.path.startswith("/v1") and given != f"Bearer {self.key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        return await handler(request)
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response(status=200 if self.healthy else 503)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mooncake_connector.scheduler.proxy.keys import KeyRing, hashed, key_of
 from mooncake_connector.scheduler.proxy.settings import ServiceClass
 from tests.proxy.conftest import Start
-from tests.proxy.fakes import MODEL
+from tests.proxy.fakes import MODEL, FakeEngine
 
 CLASSES = {"gold": ServiceClass(api_keys=(hashlib.sha256(b"gold").hexdigest(),), priority=3)}
 REQUEST: dict[str, Any] = {"model": MODEL, "prompt": "a"}
@@ -86,3 +86,32 @@ async def test_where_keys_are_not_required_the_clients_goes_on_to_the_engines(st
         "Bearer gold",
         "Bearer brass",
     ]
+
+
+def guarded() -> tuple[list[FakeEngine], list[FakeEngine]]:
+    """Engines as with vLLM's --api-key."""
+    pair = FakeEngine("kv_producer"), FakeEngine("kv_consumer")
+    for engine in pair:
+        engine.key = "engine"
+    return [pair[0]], [pair[1]]
+
+
+async def test_engines_with_an_api_key_and_clients_with_keys_of_their_own(start: Start):
+    setting = await start(*guarded(), require_key=True, classes=CLASSES, engine_api_key="engine")
+    for key, status in (("gold", 200), ("engine", 401)):
+        headers = {"Authorization": f"Bearer {key}"}
+        async with setting.http.post("/v1/completions", json=REQUEST, headers=headers) as reply:
+            assert reply.status == status
+    assert (len(setting.prefill[0].calls), len(setting.decode[0].calls)) == (1, 1)
+
+
+async def test_engines_with_an_api_key_that_the_clients_know(start: Start):
+    setting = await start(*guarded(), engine_api_key="engine")
+    for headers, status in (({"Authorization": "Bearer engine"}, 200), ({}, 401)):
+        async with setting.http.post("/v1/completions", json=REQUEST, headers=headers) as reply:
+            assert reply.status == status
+
+
+async def test_engines_with_an_api_key_that_nobody_told_the_proxy(start: Start):
+    setting = await start(*guarded(), ready=False)
+    await setting.settled(lambda proxy: "MOONCAKE_PROXY_ENGINE_API_KEY" in proxy.pool.decode[0].reason)

@@ -77,13 +77,15 @@ class AccessLog:
             status = 500
             raise
         finally:
-            connection.ended()
+            # What still comes of its body is no next request.
+            request.content.on_eof(connection.ended)
             if self._in_force.settings.access_log and request.path not in OPEN:
                 log.info(_line(request, access, status, time.monotonic() - began))
 
 
 def _line(http: web.Request, access: Access, status: int | None, seconds: float) -> AccessLine:
     fields = {
+        "client": http.remote,
         "method": http.method,
         # Neither the query, which may hold a key, nor decoded, which could break the line.
         "path": http.rel_url.raw_path,

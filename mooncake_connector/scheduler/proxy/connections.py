@@ -75,7 +75,8 @@ class Connection(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        if not self._busy and self._late is None:
+        # aiohttp calls it with nothing when it reads on.
+        if data and not self._busy and self._late is None:
             self._expect_headers()
         super().data_received(data)
 
@@ -90,7 +91,7 @@ class Connection(web.RequestHandler):
         self._stop_clock()
 
     def ended(self) -> None:
-        """Its answer was handed over."""
+        """Its answer was handed over, and all of its body has come."""
         self._busy = False
 
     def handle_error(

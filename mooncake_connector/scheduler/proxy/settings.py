@@ -38,6 +38,7 @@ RELOADABLE = frozenset(
         "max_connections",
         "header_seconds",
         "body_seconds",
+        "keepalive_seconds",
         "log_level",
         "log_format",
         "access_log",
