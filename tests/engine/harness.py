@@ -127,7 +127,8 @@ def running(shape: Shape, logs: Path, preload: PreloadedVllm | None = None) -> I
 
     def engine(name: str, kv_config: dict[str, Any] | None, *more: tuple[str, ...]) -> LocalEngine:
         args = [*server_args(shape.model), *shape.args, *(arg for part in more for arg in part)]
-        env = {"VLLM_SERVER_DEV_MODE": "1"}  # for /reset_prefix_cache
+        # For /reset_prefix_cache, and for responses that go on from others.
+        env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
         return LocalEngine(
             folder, kv_config=kv_config, args=args, name=name, env=env, logs=logs, preload=preload
         )

@@ -57,16 +57,27 @@ async def test_responses(cluster: Cluster, http: aiohttp.ClientSession) -> None:
             whole = await client.responses.create(input="A response: " + WORDS, **asked)
             stream = await client.responses.create(input="A streamed one: " + WORDS, stream=True, **asked)
             events = [event async for event in stream]
+            then = await client.responses.create(input="And?", previous_response_id=whole.id, **asked)
+            kept = await client.responses.retrieve(whole.id)
+            behind = await client.responses.create(input=WORDS + "behind", background=True, **asked)
+            while behind.status in ("queued", "in_progress"):
+                await asyncio.sleep(0.05)
+                behind = await client.responses.retrieve(behind.id)
+            with pytest.raises(openai.NotFoundError):
+                await client.responses.create(input="And?", previous_response_id="resp_no", **asked)
+        assert kept.output_text == whole.output_text
         answers.append(
             (
                 whole.output_text,
+                then.output_text,
+                behind.output_text,
                 whole.usage and (whole.usage.input_tokens, whole.usage.output_tokens),
                 list(dict.fromkeys(event.type for event in events)),
                 "".join(event.delta for event in events if event.type == "response.output_text.delta"),
             )
         )
     assert answers[0] == answers[1]
-    assert answers[0][1] == (answers[0][1][0], 12)
+    assert answers[0][3] == (answers[0][3][0], 12)
     assert await metric(http, cluster.decode.url, LOADED) - before > 300
 
 
