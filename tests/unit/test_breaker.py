@@ -4,7 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from mooncake_connector.scheduler.engines.base import EngineInfo
 from mooncake_connector.scheduler.engines.breaker import FAILURES, LONGEST, PAUSE, WINDOW, Breaker
+from mooncake_connector.scheduler.engines.pool import Pool, Side
 from mooncake_connector.scheduler.proxy.retry_budget import RetryBudget
 
 
@@ -122,6 +124,35 @@ class BreakerMachine(RuleBasedStateMachine):
 
 
 TestBreaker = BreakerMachine.TestCase
+
+
+engines = st.tuples(
+    st.sampled_from(["prefill", "decode"]), st.sampled_from("ab"), st.booleans(), st.booleans(), st.booleans()
+)
+
+
+@given(st.lists(engines, max_size=12))
+def test_the_last_engine_that_could_serve_is_never_left_out(
+    found: list[tuple[Side, str, bool, bool, bool]],
+) -> None:
+    pool, groups = Pool((), ()), {}
+    for number, (side, group, up, draining, opens) in enumerate(found):
+        instance = pool.add(f"http://e:{number}", side)
+        instance.clock = lambda: 0.0
+        instance.info = EngineInfo(f"{number}", 1, "h", 1, 16, 1024, group, "m", "f", "kv_both", "1", 1)
+        instance.up = up
+        instance.drain(draining)
+        if opens:
+            instance.breaker = opened()
+        if instance.usable:
+            groups.setdefault((side, instance.group), []).append(instance)
+    shunned = pool.shunned()
+    for alike in groups.values():
+        left = [instance for instance in alike if instance.url not in shunned]
+        assert left
+        well = [instance for instance in alike if instance.breaker.state(0.0) == "closed"]
+        assert left == (well or alike)
+    assert shunned <= {instance.url for alike in groups.values() for instance in alike}
 
 
 @given(st.lists(st.booleans(), max_size=300), st.floats(0, 1), st.integers(0, 20))

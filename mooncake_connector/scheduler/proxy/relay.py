@@ -32,7 +32,7 @@ async def relay(
     """Send `chunks` as they come, no faster than the client takes them; returns the outcome.
 
     A client that takes nothing for `PATIENCE` is cut off, and the handler cancelled as for one that leaves.
-    Until then no more is kept for it than fits into the buffers of both connections, about 200 KiB.
+    Until then no more is kept for it than fits into the buffers of both connections, less than 1 MiB.
 
     The outcome is ``stream_broken`` if they break off (`StreamBroken`), of which an error event tells;
     ``cancelled`` if the client is gone; else ``ok``.
