@@ -173,7 +173,7 @@ class Bench:
                 for case, rate, plan in CPU_CASES.values():
                     asked = {name: getattr(plan, name) for name in ("prompt_bytes", "tokens", "stream")}
                     before = proxy.cpu()
-                    found = self.load(engines, port, rate=rate, seconds=8 * self._scale, **asked)
+                    found = self.load(engines, port, rate=rate, seconds=6 * self._scale, **asked)
                     spent = proxy.cpu() - before
                     done = int(found["done"]) - int(found["failed"])
                     note = str(found["failures"]) if int(found["failed"]) else ""
@@ -196,7 +196,7 @@ class Bench:
                 self.warm(engines, port)
                 for load in LOADS:
                     rate = capacity * load / 100
-                    found = self.load(engines, port, rate=rate, seconds=12 * self._scale)
+                    found = self.load(engines, port, rate=rate, seconds=9 * self._scale)
                     case = {"load_percent": load, "requests_per_s": round(rate)}
                     measured = [("ttft", 1e3 * found["added"]), ("chunk", 1e3 * found["chunk"])]
                     for (what, samples), (name, at) in _each(measured):
@@ -259,7 +259,7 @@ class Bench:
             with self.running(subject) as (proxy, engines, port):
                 self.warm(engines, port)
                 before, began = proxy.cpu() if proxy else 0.0, time.monotonic()
-                found = self.load(engines, port, streams=600, again=True, seconds=8 * self._scale, ramp=1.0)
+                found = self.load(engines, port, streams=600, again=True, seconds=5 * self._scale, ramp=1.0)
                 passed = time.monotonic() - began
                 share = (proxy.cpu() - before) / passed if proxy else 0.0
             done = int(found["done"]) - int(found["failed"])

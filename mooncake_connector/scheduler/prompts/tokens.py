@@ -131,6 +131,8 @@ class Tokens:
 
         None if they can't be told: there is no tokenizer (yet), too much to do, or a strange request.
         """
+        if self._tokenizer is None and not _is_ids(request):
+            return None
         if len(request.raw) < self._inline_bytes:
             return self._prompt(request)
         if self._under_way >= self._waiting:
@@ -182,6 +184,11 @@ class Tokens:
 def _fields(raw: bytes) -> int:
     """How many fields a JSON text's objects have, about; in no time."""
     return raw.count(b'":') - raw.count(b'\\":')
+
+
+def _is_ids(request: ClientRequest) -> bool:
+    """Whether the prompt came as a list: of ids, or of several prompts that may be ids."""
+    return request.path != CHAT and bytes(memoryview(request.fields.get("prompt", b""))[:1]) == b"["
 
 
 def _given(request: ClientRequest) -> Prompt | None:

@@ -108,19 +108,21 @@ class Answer:
         self._second: Answer | None = None
         self._count = StreamCount()
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    def chunks(self) -> AsyncIterator[bytes]:
         """`first` and what follows it, as it comes.
 
         Raises:
             StreamBroken: the engine went away.
         """
-        yield self.first
         if self.early is None:
             self._count.feed(self.first)
-            async for chunk in self._read():
-                yield chunk
-            return
-        splice = Splice(self.early)
+            return self._read(self.first)
+        return self._after(self.early)
+
+    async def _after(self, early: Early) -> AsyncIterator[bytes]:
+        """Prefill's first token, and what decode's stream has after it."""
+        yield self.first
+        splice = Splice(early)
         try:
             async for chunk in _spliced(self._read(), splice):
                 yield chunk
@@ -133,16 +135,19 @@ class Answer:
         self._reply.close()  # whatever it goes on with, nobody wants it
         try:
             self._second = await self.again(str(failure))
-            async for chunk in _spliced(self._second.chunks(), Splice(self.early)):
+            async for chunk in _spliced(self._second.chunks(), Splice(early)):
                 yield chunk
         except (DecodeFailed, Mismatch) as error:
             raise StreamBroken(f"{failure}; and again: {error}") from None
 
-    async def _read(self) -> AsyncIterator[bytes]:
-        stall = self._stall
+    async def _read(self, known: bytes = b"") -> AsyncIterator[bytes]:
+        """What is `known` already, if anything, and what comes."""
+        stall, content = self._stall, self._reply.content
         stall.start()
         self._lease.give_up = stall.give_up
         try:
+            if known:
+                yield known
             stall.waiting = True
             if self._reading:
                 first = await self._reading
@@ -152,7 +157,8 @@ class Answer:
                 stall.waiting = False
                 yield first
                 stall.waiting = True
-            async for chunk in self._reply.content.iter_any():
+            # Every token passes here: no generator within a generator.
+            while chunk := await content.readany():
                 self._counted(chunk)
                 stall.waiting = False
                 stall.turns += 1

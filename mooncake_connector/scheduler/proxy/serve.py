@@ -1,6 +1,7 @@
 """The proxy as a process: from its start to the signal that ends it."""
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Callable
@@ -49,6 +50,9 @@ async def serve(load: Callable[[], ProxySettings]) -> None:
         proxy = Proxy(settings, load=load)
         proxy.followers.append(logs.configure)
         async with proxy.open() as port:
+            # What is there now stays: the collector need not look through it again and again.
+            gc.collect()
+            gc.freeze()
             loop.add_signal_handler(signal.SIGHUP, _reload, proxy)
             if proxy.admin_port:
                 log.info("the admin API listens on %s", _url(settings, settings.admin_host, proxy.admin_port))
