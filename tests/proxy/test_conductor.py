@@ -209,6 +209,7 @@ async def test_metrics_of_the_conductor(start: Start):
     assert f'mooncake_proxy_committed_tokens{{engine="{url}",side="decode"}} 0.0' in text
     assert f"mooncake_proxy_index_blocks {LONG // 32}.0" in text
     assert 'mooncake_proxy_predictions{what="ttft"} 1.0' in text
+    assert 'mooncake_proxy_margin{slo="ttft"} 1.0' in text
     assert 'mooncake_proxy_observed_over_predicted{quantile="0.5",what="output"}' in text
 
 

@@ -412,6 +412,19 @@ def test_a_hopeless_promise_is_told_when_an_engine_will_have_nothing_to_do(admis
     assert verdict.retry_after == pytest.approx(20.0)
 
 
+def test_who_needs_an_engine_for_itself_is_told_when_it_will_have_nothing_to_do() -> None:
+    # Half of everything is kept for the urgent, so there is no room beside anybody.
+    world = World(longest=True, per_token=1e-6, reserve=0.5)
+    world.decoding("urgent", tokens=10, priority=1)
+    world.conductor.ended("urgent", 0.0, 10)
+    full(world)
+    verdict = world.arrive("a", tokens=9000, slo=Slo(ttft=1.0))
+    assert isinstance(verdict, Rejected)
+    assert 5.5 <= verdict.retry_after < 10
+    world.conductor.ended("full", 5.5, 500)
+    assert isinstance(world.arrive("a", verdict.retry_after, tokens=9000, slo=Slo(ttft=1.0)), Placement)
+
+
 def test_promises_are_kept_by_engines_that_are_slower_than_predicted() -> None:
     # Prompts take from half to five times what is predicted, and the estimator is not allowed to learn.
     world, chance = World(kv_tokens=0), random.Random(3)

@@ -4,7 +4,8 @@ A decode engine's load is the larger of time per token over what is promised, an
 """
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, Self
 
 import msgspec
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from mooncake_connector.scheduler.policy.base import Arrival, Rejected
 from mooncake_connector.scheduler.policy.decode_table import Answer, Floats
 from mooncake_connector.scheduler.policy.estimators import Estimators
-from mooncake_connector.scheduler.policy.fairness import Demand, Ranks, Usage
+from mooncake_connector.scheduler.policy.fairness import Demand, Ranks, Usage, Waiter
 from mooncake_connector.scheduler.policy.ledger import Ledger
 from mooncake_connector.scheduler.policy.margin import Margin, Margins, allowed
 from mooncake_connector.scheduler.policy.routing import Route, Router
@@ -61,6 +62,11 @@ class Ahead(msgspec.Struct, frozen=True):
     requests: int = 0
     tokens: float = 0.0
     seconds: float = 0.0
+
+    @classmethod
+    def of(cls, waiters: Sequence[Waiter]) -> Self:
+        need = sum(waiter.arrival.tokens + waiter.answer.mean for waiter in waiters)
+        return cls(len(waiters), need, sum(waiter.seconds for waiter in waiters))
 
 
 NOBODY = Ahead()

@@ -253,6 +253,10 @@ class Conductor:
         """How many wait."""
         return len(self._line)
 
+    def margins(self, now: float) -> Margins:
+        """By how much predictions are taken to fall short."""
+        return self._gate.margins(now)
+
     def accounts(self, now: float) -> Sequence[Account]:
         """Load of every engine."""
         return list(self._ledger.accounts(now))
@@ -323,8 +327,8 @@ class Conductor:
         waited: float,
         before: Sequence[Waiter],
     ) -> Route | Refusal:
-        aged = _ahead([waiter for waiter in before if waiter.aged(now)])
-        ahead = _ahead(before)
+        aged = Ahead.of([waiter for waiter in before if waiter.aged(now)])
+        ahead = Ahead.of(before)
         return self._gate.judge(arrival, route, answer, now, waited=waited, aged=aged, ahead=ahead)
 
     def _cost(self, tokens: int, route: Route, answer: Answer) -> float:
@@ -393,8 +397,3 @@ class Conductor:
         self._underway.begin(route.computes, arrival.keys)
         self._ledger.open(arrival.id, booking, now)
         return placement
-
-
-def _ahead(waiters: Sequence[Waiter]) -> Ahead:
-    need = sum(waiter.arrival.tokens + waiter.answer.mean for waiter in waiters)
-    return Ahead(len(waiters), need, sum(waiter.seconds for waiter in waiters))

@@ -24,7 +24,7 @@ from mooncake_connector.scheduler.proxy.access import AccessLog
 from mooncake_connector.scheduler.proxy.admin import Admin
 from mooncake_connector.scheduler.proxy.anywhere import Anywhere
 from mooncake_connector.scheduler.proxy.arrivals import Arrivals
-from mooncake_connector.scheduler.proxy.body import IN_FORCE
+from mooncake_connector.scheduler.proxy.body import IN_FORCE, not_yet
 from mooncake_connector.scheduler.proxy.callers import Callers
 from mooncake_connector.scheduler.proxy.conductor_metrics import ConductorMetrics
 from mooncake_connector.scheduler.proxy.connections import Site
@@ -205,8 +205,10 @@ class Proxy:
         ]
         for handler, endpoints in served:
             for method, path in endpoints:
-                add = app.router.add_get if method == "GET" else app.router.add_post
-                add(path, handler)
+                if method == "GET":
+                    app.router.add_get(path, handler, expect_handler=not_yet)
+                else:
+                    app.router.add_post(path, handler, expect_handler=not_yet)
         for resource in app.router.resources():
             if isinstance(resource, web.Resource):
                 resource.add_route(hdrs.METH_OPTIONS, anywhere.options)
@@ -247,6 +249,7 @@ class Proxy:
             ConductorMetrics(
                 lambda: self.conductor.accounts(clock()),
                 self.conductor.waiting,
+                lambda: self.conductor.margins(clock()),
                 lambda: len(self.index),
                 self.estimators.calibration,
             )

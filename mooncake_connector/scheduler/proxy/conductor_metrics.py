@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+import msgspec
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from mooncake_connector.scheduler.policy.estimators import Calibration
 from mooncake_connector.scheduler.policy.ledger import Account
+from mooncake_connector.scheduler.policy.margin import Margins
 
 PREFIX = "mooncake_proxy_"
 ACCOUNTS: tuple[tuple[str, str, Callable[[Account], float]], ...] = (
@@ -25,6 +27,7 @@ class ConductorMetrics(Collector):
     Args:
         accounts: every engine's load now.
         waiting: requests that wait to be let in.
+        margins: on what is predicted of TTFT and TBT.
         blocks: that the prefix index knows.
     """
 
@@ -32,11 +35,13 @@ class ConductorMetrics(Collector):
         self,
         accounts: Callable[[], Sequence[Account]],
         waiting: Callable[[], int],
+        margins: Callable[[], Margins],
         blocks: Callable[[], int],
         calibration: Calibration,
     ) -> None:
         self._accounts = accounts
         self._waiting = waiting
+        self._margins = margins
         self._blocks = blocks
         self._calibration = calibration
 
@@ -50,6 +55,12 @@ class ConductorMetrics(Collector):
             yield family
         yield GaugeMetricFamily(PREFIX + "waiting", "Requests that wait to be let in.", self._waiting())
         yield GaugeMetricFamily(PREFIX + "index_blocks", "KV blocks in the prefix index.", self._blocks())
+        margin = GaugeMetricFamily(
+            PREFIX + "margin", "By how much predictions are taken to fall short.", labels=["slo"]
+        )
+        for slo, factor in msgspec.structs.asdict(self._margins()).items():
+            margin.add_metric([slo], factor)
+        yield margin
         yield from self._predictions()
 
     def _predictions(self) -> Iterator[GaugeMetricFamily]:
