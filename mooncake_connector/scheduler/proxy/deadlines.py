@@ -117,7 +117,7 @@ class Stall:
     def give_up(self, seconds: float) -> None:
         """Cut the wait now, if it has lasted for so long."""
         now = asyncio.get_running_loop().time()
-        seen = (self.turns, self._left())
+        seen = (self.turns, self._left() if self.waiting else 0)
         if not self.waiting or seen != self._seen:
             self._seen, self._since = seen, now
         elif now - self._since >= seconds and not self.over:
