@@ -182,3 +182,22 @@ async def test_requests_that_come_at_once_are_served_one_by_one(start: Start):
             await reader.readuntil(b"0\r\n\r\n")
         writer.write(whole[40:])
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_who_asks_before_sending_a_body_is_told_to_go_on_only_if_it_is_wanted(start: Start):
+    key = hashlib.sha256(b"gold").hexdigest()
+    classes = {"gold": ServiceClass(api_keys=(key,))}
+    setting = await start(max_body_mib=1, require_key=True, classes=classes)
+    gold, ask = "Authorization: Bearer gold", "Expect: 100-continue"
+    for size, lines, status in (
+        (len(BODY), [ask], 401),
+        (2 << 20, [ask, gold], 413),
+        (len(BODY), ["Expect: miracles", gold], 417),
+        (len(BODY), [ask, gold], 100),
+    ):
+        async with connected(setting) as (reader, writer):
+            writer.write(head(size, *lines))
+            assert (await reader.readuntil(b"\r\n\r\n")).split()[1] == str(status).encode()
+            if status == 100:
+                writer.write(BODY)
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")

@@ -2,11 +2,22 @@
 
 import asyncio
 
-from aiohttp import web
+from aiohttp import HttpVersion11, hdrs, web
 
 from mooncake_connector.scheduler.proxy.settings import InForce
 
+CONTINUE = "100-continue"
 IN_FORCE = web.AppKey("in_force", InForce)
+
+
+async def not_yet(http: web.Request) -> None:
+    """What a request may expect is to be told to go on, which `read_body` does: not before its key is known.
+
+    Raises:
+        web.HTTPExpectationFailed: it expects something else.
+    """
+    if http.headers.get(hdrs.EXPECT, "").lower() != CONTINUE:
+        raise web.HTTPExpectationFailed(text=f"the only Expect that is understood is {CONTINUE}")
 
 
 async def read_body(http: web.Request) -> bytes:
@@ -23,6 +34,10 @@ async def read_body(http: web.Request) -> bytes:
     body = bytearray()
     if (http.content_length or 0) > limit:
         raise _too_large(settings.max_body_mib)
+    if http.headers.get(hdrs.EXPECT, "").lower() == CONTINUE and http.version == HttpVersion11:
+        await http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        # aiohttp takes what was written for an answer that has begun.
+        http.writer.output_size = 0
     try:
         async with asyncio.timeout(settings.body_seconds):
             while chunk := await content.readany():
