@@ -11,7 +11,7 @@ from yarl import URL
 
 from mooncake_connector.scheduler.proxy.endpoints import ANY, DECODE, DECODE_ALONE, DISAGGREGATED, STORED
 from tests.proxy.conftest import Setting, Start
-from tests.proxy.fakes import MODEL
+from tests.proxy.fakes import MODEL, FakeEngine
 
 JSON = {"Content-Type": "application/json"}
 # Spacing, key order, numbers and escapes that no JSON library would write again in the same way.
@@ -365,6 +365,16 @@ async def test_the_length_of_a_response_is_counted(start: Start):
     await post(setting, "/v1/messages", b'{"messages":[],"max_tokens":90}')
     await setting.settled(lambda _: len(ended) == 2)
     assert ended == [77, 55]
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+async def test_prefill_sends_no_first_token_of_what_has_other_events(start: Start, path: str):
+    engines = [FakeEngine(role, first_token=True) for role in ("kv_producer", "kv_consumer")]
+    setting = await start(engines[:1], engines[1:], first_token="prefill")
+    for asked, early in ((path, False), ("/v1/chat/completions", True)):
+        await post(setting, asked, b'{"input":"hello","messages":[],"stream":true}')
+        p = await setting.prefill[0].call(int(early))
+        assert (p.body["stream"], p.params.get("first_token", False)) == (early, early)
 
 
 def test_every_endpoint_is_documented():
