@@ -1,8 +1,12 @@
 """Clients that break HTTP, JSON or off: what they are told, and that nothing of them stays."""
 
 import asyncio
+import contextlib
+import gzip
+import resource
 import socket
 import struct
+import zlib
 from typing import Any
 
 import pytest
@@ -274,6 +278,85 @@ async def test_too_much_of_everything_is_refused(start: Start):
         assert got is None or 400 <= got.status < 500, (name, got)
     assert asked(setting) == 0
     assert not left(setting)
+
+
+async def test_a_body_over_the_limit_is_refused_before_it_is_there(start: Start):
+    setting = await start(max_body_mib=1)
+    head = post(b"", "Content-Length: 1000000000000", length=False)
+    for said in (head, head + b"a" * 1000):
+        got = await say(setting, said, 1)
+        assert got
+        assert got.status == 413
+        assert got.error["type"] == "RequestEntityTooLargeError"
+    # Chunked it is told as soon as it is too much; that a client goes on sending keeps nobody busy.
+    async with connected(setting) as (reader, writer):
+        writer.write(post(b"", "Transfer-Encoding: chunked", length=False))
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            for _ in range(2000):
+                writer.write(chunk(b"a" * (1 << 16)))
+                await writer.drain()
+                sent += 1 << 16
+                if reader._buffer:  # the answer is there
+                    break
+        got = await read(reader)
+        assert got
+        assert got.status == 413
+        assert sent < 64 << 20
+    got = await say(setting, head[:-2] + b"Expect: 100-continue\r\n\r\n")
+    assert got
+    assert got.status == 413
+    assert asked(setting) == 0
+
+
+async def test_compressed_bodies_are_read_within_the_limit(start: Start):
+    setting = await start(max_body_mib=1)
+    raw = encoded(TEXT)
+    deflated = zlib.compressobj(wbits=-15)
+    for coding, body in {
+        "gzip": gzip.compress(raw),
+        "deflate": zlib.compress(raw),
+        "Deflate": deflated.compress(raw) + deflated.flush(),
+        "identity": raw,
+    }.items():
+        got = await say(setting, post(body, f"Content-Encoding: {coding}"))
+        assert got
+        assert got.status == 200, (coding, got)
+        call = setting.decode[0].calls[-1]
+        assert call.body["prompt"] == TEXT["prompt"]
+        assert "Content-Encoding" not in call.headers
+    before = asked(setting)
+    packed = zlib.compressobj(wbits=31)
+    bomb = b"".join(packed.compress(b'{"prompt":"' if at == 0 else b"a" * (1 << 20)) for at in range(50))
+    bomb += packed.flush()
+    chunked = chunk(bomb) + b"0\r\n\r\n"
+    tries = {
+        "bomb": (413, post(bomb, "Content-Encoding: gzip")),
+        "bomb in chunks": (
+            413,
+            post(chunked, "Content-Encoding: gzip", "Transfer-Encoding: chunked", length=False),
+        ),
+        "twice": (400, post(gzip.compress(gzip.compress(raw)), "Content-Encoding: gzip, gzip")),
+        "not gzip": (400, post(raw, "Content-Encoding: gzip")),
+        "cut": (400, post(gzip.compress(raw)[:-12], "Content-Encoding: gzip")),
+        "br": (400, post(raw, "Content-Encoding: br")),
+        "zstd": (400, post(raw, "Content-Encoding: zstd")),
+        "unknown": (400, post(gzip.compress(raw), "Content-Encoding: x-gzip2")),
+    }
+    wrong = {}
+    for name, (status, data) in tries.items():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            got = await say(setting, data)
+        except Exception as error:
+            wrong[name] = repr(error)
+            continue
+        if not got or got.status != status:
+            wrong[name] = got
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 40 << 10
+    assert not wrong
+    assert asked(setting) == before
+    await nothing_left(setting)
 
 
 async def test_other_ways_to_write_a_path_lead_nowhere_else(start: Start):
