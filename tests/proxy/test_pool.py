@@ -1,9 +1,12 @@
 """What the proxy learns of its engines: starting, down, restarted, incompatible, unfit."""
 
+import asyncio
 import logging
 
 import pytest
 
+from mooncake_connector.scheduler.engines.probe import Prober
+from mooncake_connector.scheduler.engines.vllm import VllmEngine
 from tests.proxy.conftest import Start, free_port
 from tests.proxy.fakes import MODEL, FakeEngine
 
@@ -165,3 +168,24 @@ async def test_metrics_are_prometheus_text(start: Start):
     assert f'mooncake_proxy_inflight{{engine="{url}",side="prefill"}} 0.0' in text
     assert "mooncake_proxy_time_to_first_byte_seconds_bucket" in text
     assert 'mooncake_proxy_requests_total{outcome="ok",path="/v1/completions"} 1.0' in text
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_the_prober_ends_even_if_an_engine_is_suspected_just_then(start: Start, turns: int):
+    """`asyncio.wait_for` of Python 3.11 swallows a cancellation that comes with what it waits for."""
+    setting = await start(check_seconds=5)
+    prober = Prober(
+        setting.proxy.pool,
+        VllmEngine(),
+        setting.http,
+        check_seconds=5,
+        probe_seconds=30,
+        down_seconds=30,
+    )
+    async with asyncio.timeout(3):
+        async with prober:
+            await asyncio.sleep(0.1)
+            for instance in setting.proxy.pool:
+                instance.suspicion.set()
+            for _ in range(turns):
+                await asyncio.sleep(0)

@@ -99,7 +99,9 @@ class Prober:
                 log.info("waiting for %s %s since %.0f s", instance.side, instance.url, said - started)
             pause = self._check_seconds if instance.up else min(self._check_seconds, RETRY_SECONDS)
             try:
-                await asyncio.wait_for(instance.suspicion.wait(), pause)
+                # Not wait_for: before Python 3.12 it loses a cancellation that comes with the event.
+                async with asyncio.timeout(pause):
+                    await instance.suspicion.wait()
                 # Many requests may fail at once: at most one probe each tenth of a second.
                 await asyncio.sleep(min(0.1, pause))
             except TimeoutError:
