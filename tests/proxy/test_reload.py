@@ -101,6 +101,21 @@ async def test_keys_limits_and_promises_change(start: Start):
     assert await status(setting) == 200
 
 
+async def test_routing_and_admission_change_under_requests(start: Start):
+    setting = await start(scheduling=Scheduling(slo=Slo(ttft=0.001)), fixed_slo=("ttft",))
+    setting.prefill[0].delay = setting.decode[0].delay = 1.0
+    before = asyncio.create_task(status(setting))
+    await setting.decode[0].call()
+    setting.prefill[0].delay = setting.decode[0].delay = 0.0
+    long = {**REQUEST, "prompt": list(range(20_000))}
+    assert await status(setting, long) == 429
+    setting.reload(scheduling=Scheduling(admission="none", min_prefill_tokens=100_000))
+    async with setting.http.post("/v1/completions", json=long) as reply:
+        assert reply.status == 200
+        assert reply.headers["x-mooncake-prefill"] == "none (short_prompt)"
+    assert await before == 200
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [

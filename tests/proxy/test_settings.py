@@ -87,14 +87,33 @@ def test_the_environment_names_a_file(tmp_path: Path):
         ("scheduling: {slo: {tfft: 1}}", "scheduling.slo in --config can't be"),
         ("scheduling: {emergency_kv: 0}", "scheduling.emergency_kv in --config is 0.0"),
         ("scheduling: {slos: [{service_class: gold, slo: {}}]}", "names 'gold': define it under classes"),
-        ("classes: {gold: {api_keys: [secret]}}", "SHA-256"),
+        ("classes: {gold: {api_keys: [secret]}}", "classes.gold.api_keys[0] in --config is no SHA-256"),
+        ("admin_keys: [secret]", "--admin-keys (MOONCAKE_PROXY_ADMIN_KEYS): number 1 is no SHA-256"),
+        ("classes: {gold: {api_keys: secret}}", "api_keys in --config is wrong: Expected `array`"),
+        ("engine_api_key: [secret]", "MOONCAKE_PROXY_ENGINE_API_KEY is wrong: Expected `str`"),
+        ("prefill: http://user:secret@p:1", "--prefill (MOONCAKE_PROXY_PREFILL): leave user, password"),
+        ("prefill: http://p:1?key=secret", "--prefill (MOONCAKE_PROXY_PREFILL): leave user, password, query"),
+        ("require_key: true", "--require-key (MOONCAKE_PROXY_REQUIRE_KEY) is on, but no class has a key"),
+        (
+            f"classes: {{a: {{api_keys: [{KEY}]}}, b: {{api_keys: [{KEY}]}}}}",
+            "classes.b.api_keys[0] in --config is in classes.a, too",
+        ),
+        (
+            "classes: {gold: {priority: 2000}}",
+            "classes.gold.priority in --config is 2000: it must be between",
+        ),
+        ("scheduling: {favour_cheap: .nan}", "scheduling.favour_cheap in --config is nan"),
+        ("fixed_slo: [ttft]", "unknown proxy setting 'fixed_slo'"),
         ("classes: {gold: {priority: high}}", "classes.*.priority in --config is wrong: Expected `int`"),
     ],
 )
 def test_what_is_wrong_is_named_with_the_mend(tmp_path: Path, text: str, message: str):
+    alone = text.startswith(("a:", "just"))
+    text = text if alone else text + "\ndecode: http://d:2" if text.startswith("prefill") else POOLS + text
     with pytest.raises(ConfigError) as raised:
-        load(tmp_path, text if text.startswith(("a:", "just")) else POOLS + text)
+        load(tmp_path, text)
     assert message in str(raised.value)
+    assert "secret" not in str(raised.value)
 
 
 def test_a_file_that_is_not_there_is_named():
