@@ -10,12 +10,11 @@ import msgspec
 BROKEN = 0.04
 # No wider than that: beyond, hardly anybody but the idle would be let in.
 WIDEST = 8.0
-# Of the last so many the larger margin counts: the few make it wide soon, the many keep it so for a while.
-WINDOWS = (50, 200)
+# The larger margin counts, of the last many and of the last few, of which so many times more may be broken:
+# the few make it wide soon if very much goes wrong.
+MANY, FEW, MORE = 200, 25, 5.0
 # What is older says nothing any more, seconds.
 LIFE = 300.0
-# The share of promises that were broken is a mean over so many.
-MANY = 200
 
 
 class Margins(msgspec.Struct, frozen=True):
@@ -66,7 +65,7 @@ class Margin:
 
     def __init__(self) -> None:
         self.broken = 0.0
-        self._windows = [Recent(most) for most in WINDOWS]
+        self._many, self._few = Recent(MANY), Recent(FEW)
         self._last = -math.inf
         self._factor = 1.0
 
@@ -92,11 +91,11 @@ class Margin:
         if observed <= limit and made * predicted < limit / 2:
             return
         needed = min(made * observed / limit, WIDEST)
-        for window in self._windows:
+        for window in (self._many, self._few):
             window.forget(now - LIFE)
             window.add(needed, now)
         self._last = now
-        self._factor = max(1.0, *(window.exceeded(allowed) for window in self._windows))
+        self._factor = max(1.0, self._many.exceeded(allowed), self._few.exceeded(MORE * allowed))
 
 
 def allowed(other: Margin) -> float:
