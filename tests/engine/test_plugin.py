@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import (
 
 from mooncake_connector.errors import ConfigError
 from mooncake_connector.kv_transfer.layout import Field, KVLayout
+from mooncake_connector.kv_transfer.vllm.compat import params_of
 from mooncake_connector.kv_transfer.vllm.connector import (
     MooncakePushConnector,
     _check_parallelism,
@@ -161,3 +162,13 @@ def test_cpu_kernels_keep_keys_in_columns(
 def test_layouts_that_can_not_be_moved_are_refused(tensor: torch.Tensor, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         layout_of({"layers.0": tensor}, config(), {})
+
+
+@pytest.mark.parametrize("given", [None, {}, "probe", ["release"], 7, 1.5])
+def test_parameters_that_are_no_object_are_none(given: object) -> None:
+    """A client can name them in vllm_xargs, whose values are strings, numbers and lists."""
+    assert params_of(SimpleNamespace(kv_transfer_params=given)) == {}
+
+
+def test_parameters_are_what_the_request_has() -> None:
+    assert params_of(SimpleNamespace(kv_transfer_params={"probe": True})) == {"probe": True}

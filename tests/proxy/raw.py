@@ -164,11 +164,11 @@ class RawEngine(FakeEngine):
         headers = CIMultiDict(tuple(line.split(": ", 1)) for line in head[1:] if line)
         raw = await reader.readexactly(int(headers.get("Content-Length", 0)))
         path = head[0].split(" ")[1]
-        if path != "/v1/completions" and path != "/v1/chat/completions":
+        if path in ("/health", "/v1/models"):
             models = {"object": "list", "data": [{"id": MODEL}]}
             writer.write(whole(b"" if path == "/health" else encoded(models)))
             return True
-        body = json.loads(raw)
+        body = json.loads(raw) if raw else {}
         params = body.get("kv_transfer_params") or {}
         if params.get("probe"):
             answer = self._probe_answer().body

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mooncake_connector.scheduler.proxy.endpoints import DECODE_ALONE, DISAGGREGATED
 from tests.proxy.conftest import Setting, Start
 from tests.proxy.fakes import events
 from tests.proxy.raw import (
@@ -103,6 +104,16 @@ async def test_of_equal_keys_the_last_one_counts_here_and_there(start: Start):
     assert setting.decode[0].calls[0].params["do_remote_prefill"] is True
     assert "release" not in setting.decode[0].calls[0].params
     assert setting.prefill[0].released == []
+
+
+@pytest.mark.parametrize("path", [*DISAGGREGATED, *DECODE_ALONE])
+async def test_no_endpoint_that_generates_takes_parameters_of_the_hand_over(start: Start, path: str):
+    setting = await start()
+    for field in (b'"kv_transfer_params":{"release":"a"}', b'"vllm_xargs":{"kv_transfer_params":"a"}'):
+        got = await say(setting, post(b'{"model":"tiny","prompt":"a",' + field + b"}", path=path))
+        assert got
+        assert got.status == 400, got
+    assert asked(setting) == 0
 
 
 STRANGE: list[dict[str, Any]] = [

@@ -30,6 +30,7 @@ from tests.proxy.raw import (
     whole,
 )
 
+SOON = {"prefill_timeout": 0.3, "first_byte_timeout": 0.3, "chunk_timeout": 0.3}
 BOTH = [("concurrent", "decode"), ("serial", "prefill")]
 
 
@@ -151,12 +152,11 @@ async def test_a_stream_that_breaks_off_ends_with_an_error(start: Start, order: 
 
 @pytest.mark.parametrize(("order", "first_token"), BOTH)
 async def test_an_engine_that_says_nothing_more_is_given_up(start: Start, order: str, first_token: str):
-    limits = {"prefill_timeout": 0.3, "first_byte_timeout": 0.3, "chunk_timeout": 0.3, "max_retries": 1}
 
     async def attempt(script: Script) -> None:
         for side in ("prefill", "decode"):
             p, d = RawEngine("kv_producer", first_token=True), RawEngine("kv_consumer", first_token=True)
-            setting = await start([p], [d], order=order, first_token=first_token, **limits)
+            setting = await start([p], [d], order=order, first_token=first_token, max_retries=1, **SOON)
             (p if side == "prefill" else d).always = script
             began = asyncio.get_running_loop().time()
             got = await one(setting, STREAM)
@@ -340,3 +340,26 @@ async def test_a_bug_in_the_middle_of_a_stream_ends_it_in_good_form(
     assert error["code"] == 502
     assert setting.count("requests_total", path="/v1/completions", outcome="proxy_error") == 1
     await nothing_left(setting)
+
+
+async def test_endpoints_of_any_one_engine_get_an_answer_or_an_error(start: Start):
+    async def attempt(script: Script) -> None:
+        scripts: list[Script] = []
+        p, d = (RawEngine(role, scripts, first_token=True) for role in ("kv_producer", "kv_consumer"))
+        setting = await start([p], [d], **SOON, max_retries=1)
+        ask = post({"model": "m", "input": "a"}, path="/v1/embeddings")
+        scripts.append(script)
+        got = await say(setting, ask, 8)
+        assert got
+        assert told(got) == text(3)
+        scripts += [script] * 2
+        got = await say(setting, ask, 8)
+        assert got
+        assert got.status >= 500
+        await nothing_left(setting, alone=False)
+
+    # What says nothing wrong until it breaks off in the middle can't be tried again.
+    quiet = {"empty stream", "stream that breaks off at once", "stream of half a chunk"}
+    events = {"error event", "error event in two", "no content"}
+    cases = {name: script for name, script in BEFORE.items() if name not in quiet | events}
+    await all_of(cases | {name: hangs()[name] for name in ("at once", "after the headers")}, attempt)

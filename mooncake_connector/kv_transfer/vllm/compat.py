@@ -53,3 +53,13 @@ def media_ids(request: Any) -> list[str]:
     """What identifies a request's images and sounds."""
     features = getattr(request, "mm_features", None) or ()
     return [str(getattr(f, "identifier", f)) for f in features]
+
+
+def params_of(request: Any) -> dict[str, Any]:
+    """A request's ``kv_transfer_params``; empty if it has none.
+
+    Not every version checks that they are an object: a client can name them in ``vllm_xargs``, too, whose
+    values are strings, numbers and lists.
+    """
+    params = request.kv_transfer_params
+    return params if isinstance(params, dict) else {}

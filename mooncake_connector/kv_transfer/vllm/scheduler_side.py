@@ -25,7 +25,7 @@ from mooncake_connector.kv_transfer.push import Chunk
 from mooncake_connector.kv_transfer.routes import WorkerAt
 from mooncake_connector.kv_transfer.session import Outcome
 from mooncake_connector.kv_transfer.side_channel import Client, address_of, split_address
-from mooncake_connector.kv_transfer.vllm.compat import preempted_ids, transfer_group_ids
+from mooncake_connector.kv_transfer.vllm.compat import params_of, preempted_ids, transfer_group_ids
 from mooncake_connector.kv_transfer.vllm.event_source import event_source
 from mooncake_connector.kv_transfer.vllm.first_token import Forced
 from mooncake_connector.kv_transfer.vllm.kv_layout import capacity_of, groups_of
@@ -96,7 +96,7 @@ class SchedulerSide:
     # ------------------------------------------------------------------ requests come
 
     def on_new_request(self, request: Any) -> None:
-        params = request.kv_transfer_params or {}
+        params = params_of(request)
         if released := params.get("release"):
             for client, token in self._workers:
                 client.send(LocalDrop(token, str(released)))
@@ -312,7 +312,7 @@ class SchedulerSide:
         Returns:
             Whether its blocks must be held for us, and the parameters for its answer.
         """
-        params = request.kv_transfer_params or {}
+        params = params_of(request)
         self._forced.discard(request.request_id)
         if params.get("probe"):
             return False, self.describe()

@@ -187,6 +187,9 @@ class Anywhere:
                 reply = await self._session.request(
                     call.method, url, data=call.body or None, headers=call.headers, allow_redirects=False
                 )
+                if reply.status < 200 or 300 <= reply.status < 400:
+                    # An upgrade, or a redirect to where only engines are reached: nothing for clients.
+                    raise aiohttp.ClientPayloadError(f"answered {reply.status}, which is no answer")
                 first = await (reply.content.readany() if _streamed(reply) else reply.read())
             # 501 is vLLM's way to say that the model can't do it: no other engine could.
             if reply.status >= 500 and reply.status != HTTPStatus.NOT_IMPLEMENTED:
@@ -221,15 +224,3 @@ class Anywhere:
 
 def _streamed(reply: aiohttp.ClientResponse) -> bool:
     return reply.status == 200 and reply.content_type == EVENTS
-
-
-async def _chunks(
-    instance: Instance, lease: Lease, first: bytes, reply: aiohttp.ClientResponse
-) -> AsyncIterator[bytes]:
-    yield first
-    try:
-        async for chunk in reply.content.iter_any():
-            yield chunk
-    except BROKEN as error:
-        lease.failed(told(error))
-        raise StreamBroken(f"{instance.url} broke off: {told(error)}") from None
