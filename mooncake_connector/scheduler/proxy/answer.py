@@ -122,6 +122,7 @@ class Answer:
     async def _after(self, early: Early) -> AsyncIterator[bytes]:
         """Prefill's first token, and what decode's stream has after it."""
         yield self.first
+        self.journey.first_token()
         splice = Splice(early)
         try:
             async for chunk in _spliced(self._read(), splice):
@@ -148,6 +149,7 @@ class Answer:
         try:
             if known:
                 yield known
+                self.journey.first_token()  # after it, for the client waits
             stall.waiting = True
             if self._reading:
                 first = await self._reading

@@ -267,8 +267,6 @@ class Attempt:
         reading: asyncio.Task[bytes] | None = None,
         early: Early | None = None,
     ) -> Answer:
-        if streamed:
-            self._journey.first_token()
         chunk = self._up.deadlines.chunk
         return Answer(
             self._journey, reply, first, streamed, self._lease, chunk, self._timeline, reading, early
