@@ -12,10 +12,12 @@ The proxy has one core, clients and engines the other, all with real-time priori
 does not count. The phases:
 
 - `cpu`: CPU time of the proxy's process at a moderate load, per request; its inverse is requests/s per core.
-  Chats with prompts of 1 kB or 200 kB; answers of 32 or 256 tokens, streamed, or 32 tokens in one piece.
+  Chats with prompts of 1 kB or 200 kB; answers of 32 or 128 tokens, streamed, or 32 tokens in one piece.
 - `latency`: the time to the first token and of each chunk, less what the engines took by their own clock, at
-  25, 50 and 75% of our requests/s per core, for all subjects; `added` is what it is more than with no proxy.
-- `streams`: memory with 2,000 streams under way.
+  25, 50 and 75% of our requests/s per core (measured anew), the same for all subjects; `added` is what it is
+  more than with no proxy.
+- `streams`: memory with 2,000 streams under way, without the priority, as it measures no times. A token comes
+  each half second, so ours lets everybody in (`--admission none`).
 - `saturation`: answers per second when more comes than the proxy can do.
 - `soak`: ours alone at 75% for --soak-seconds, in pieces; trends are regressions over the time.
 
@@ -43,6 +45,7 @@ from proxy_subjects import (
     OTHER_CORE,
     PROXY_CORE,
     SECOND,
+    SLOW_STREAMS,
     SUBJECTS,
     Engines,
     Process,
@@ -56,6 +59,7 @@ PAIRS = 2
 PROMPT, STEP, HANDOFF = 0.005, 0.02, 0.003
 STREAMS = 2000
 LOADS = (25, 50, 75)
+ROUNDS = 3
 PHASES = ("cpu", "latency", "streams", "saturation", "soak")
 PACKAGES = ("mooncake-connector", "aiohttp", "uvloop", "msgspec")
 Found = dict[str, npt.NDArray[Any]]
@@ -63,7 +67,7 @@ Found = dict[str, npt.NDArray[Any]]
 # Case, requests per second, and how many of the answers' tokens come how.
 CPU_CASES: dict[str, tuple[dict[str, object], float, Plan]] = {
     "1 kB, 32 tokens": ({"prompt": "1 kB", "tokens": 32}, 100, Plan("", prompt_bytes=1000, tokens=32)),
-    "1 kB, 256 tokens": ({"prompt": "1 kB", "tokens": 256}, 20, Plan("", prompt_bytes=1000, tokens=256)),
+    "1 kB, 128 tokens": ({"prompt": "1 kB", "tokens": 128}, 40, Plan("", prompt_bytes=1000, tokens=128)),
     "1 kB, whole": (
         {"prompt": "1 kB", "tokens": 32, "stream": "no"},
         150,
@@ -84,30 +88,32 @@ class Bench:
     def __init__(self, subjects: list[str], file: Path | None, quick: bool) -> None:
         self.subjects = subjects
         self.rows: list[report.Row] = []
+        self.urgent = True
         self._file = file
         self._scale = 0.3 if quick else 1.0
         self._folder = Path(tempfile.mkdtemp(prefix="proxy-bench-"))
         self._busy: list[float] = []
         self._seed = 0
-        self._rate = 0.0  # our requests/s per core
         if file and file.exists():
             self.rows = json.loads(file.read_text())["rows"]
 
     @contextmanager
     def running(self, subject: str, step: float = STEP) -> Iterator[tuple[Process | None, Engines, int]]:
         """Engines and a proxy in front of them; its process (None without) and port (0 without)."""
+        urgency = SECOND if self.urgent else 0
         engines = Engines(PAIRS)
         log = self._folder / "log.txt"
         with ExitStack() as stack:
             command = engines.command(PROMPT, step, HANDOFF)
-            stack.enter_context(Process(command, OTHER_CORE, SECOND, log))
+            stack.enter_context(Process(command, OTHER_CORE, urgency, log))
             for port in engines.prefill + engines.decode:
                 wait_ready(port)
             if subject == NONE:
                 yield None, engines, 0
                 return
             port = free_ports(1)[0]
-            proxy = stack.enter_context(Process(SUBJECTS[subject](port, engines), PROXY_CORE, SECOND, log))
+            commands = SUBJECTS if step == STEP else SLOW_STREAMS
+            proxy = stack.enter_context(Process(commands[subject](port, engines), PROXY_CORE, urgency, log))
             wait_ready(port)
             yield proxy, engines, port
 
@@ -124,7 +130,7 @@ class Bench:
         ports = {"prefill": engines.prefill, "decode": engines.decode}
         whole = {"out": str(out), "proxy": port, "seed": self._seed} | ports | plan
         client = [sys.executable, str(Path(__file__).parent / "load_client.py"), json.dumps(whole)]
-        with Process(client, OTHER_CORE, FIRST, self._folder / "log.txt") as running:
+        with Process(client, OTHER_CORE, FIRST if self.urgent else 0, self._folder / "log.txt") as running:
             while running.popen.poll() is None:
                 if watch:
                     watch()
@@ -151,14 +157,16 @@ class Bench:
             report.write(self.rows, self._file, PACKAGES, versions(), self._busy, facts)
 
     def settle(self) -> None:
-        self._busy.append(report.settle(20))
+        self._busy.append(report.settle(0))
 
-    def value(self, subject: str, metric: str, **case: object) -> float | None:
-        """Of a row that there is."""
-        for row in self.rows:
-            if row["subject"] == subject and row["metric"] == metric and row["case"] == case:
-                return row["value"]
-        return None
+    def spent(
+        self, proxy: Process, engines: Engines, port: int, rate: float, plan: Plan
+    ) -> tuple[float, str]:
+        """CPU seconds per request, and what failed."""
+        asked = {name: getattr(plan, name) for name in ("prompt_bytes", "tokens", "stream")}
+        before = proxy.cpu()
+        found = self.load(engines, port, rate=rate, seconds=2.5 * self._scale, **asked)
+        return (proxy.cpu() - before) / int(found["done"]), "; ".join(found["failures"])
 
     def cpu(self) -> None:
         """CPU time per request."""
@@ -167,27 +175,38 @@ class Bench:
             if subject == NONE:
                 continue
             self.settle()
+            costs: dict[str, list[float]] = {case: [] for case in CPU_CASES}
+            notes: dict[str, str] = {}
             with self.running(subject) as (proxy, engines, port):
                 assert proxy
                 self.warm(engines, port)
-                for case, rate, plan in CPU_CASES.values():
-                    asked = {name: getattr(plan, name) for name in ("prompt_bytes", "tokens", "stream")}
-                    before = proxy.cpu()
-                    found = self.load(engines, port, rate=rate, seconds=6 * self._scale, **asked)
-                    spent = proxy.cpu() - before
-                    done = int(found["done"]) - int(found["failed"])
-                    note = str(found["failures"]) if int(found["failed"]) else ""
-                    each = report.row(BENCHMARK, subject, case, "cpu_per_request", [1e3 * spent / done], "ms")
-                    whole = report.row(BENCHMARK, subject, case, "requests_per_core", [done / spent], "1/s")
-                    rows += [each | {"note": note}, whole] if note else [each, whole]
-                    print(f"{subject}, {case}: {1e3 * spent / done:.3f} ms, {note}", flush=True)
+                for _ in range(ROUNDS):
+                    for case, (_, rate, plan) in CPU_CASES.items():
+                        cost, failed = self.spent(proxy, engines, port, rate, plan)
+                        costs[case].append(cost)
+                        notes[case] = failed or notes.get(case, "")
+            for case, (what, _, _) in CPU_CASES.items():
+                each = [1e3 * cost for cost in costs[case]]
+                rates = [1 / cost for cost in costs[case]]
+                rows.append(report.row(BENCHMARK, subject, what, "cpu_per_request", each, "ms"))
+                rows.append(report.row(BENCHMARK, subject, what, "requests_per_core", rates, "1/s"))
+                if notes[case]:
+                    rows[-2]["note"] = notes[case]
+                print(f"{subject}, {case}: {each} ms {notes[case]}", flush=True)
         self.keep({"cpu_per_request", "requests_per_core"}, rows, self.subjects)
+
+    def capacity(self) -> float:
+        """Our requests/s per core, for the loads of a phase."""
+        _, rate, plan = CPU_CASES[MAIN]
+        with self.running("ours") as (proxy, engines, port):
+            assert proxy
+            self.warm(engines, port)
+            costs = [self.spent(proxy, engines, port, rate, plan)[0] for _ in range(ROUNDS)]
+        return 1 / float(np.median(costs))
 
     def latency(self) -> None:
         """Added time to the first token, and of each chunk."""
-        capacity = self.value("ours", "requests_per_core", **CPU_CASES[MAIN][0])
-        if capacity is None:
-            raise SystemExit("run the phase cpu first: loads are shares of what it finds for ours")
+        capacity = self.capacity()
         rows = []
         base: dict[tuple[int, str, str], float] = {}
         for subject in [NONE, *(each for each in self.subjects if each != NONE)]:
@@ -218,6 +237,7 @@ class Bench:
 
     def streams(self) -> None:
         """Memory while many streams are under way."""
+        self.urgent = False  # no times are measured
         rows = []
         for subject in self.subjects:
             if subject == NONE:
@@ -232,8 +252,9 @@ class Bench:
                     def watch(process: Process = proxy, peak: list[int] = peak) -> None:
                         peak[0] = max(peak[0], process.resident())
 
-                    ramp = 6.0 if size == 1000 else 10.0
-                    tokens = int(ramp / 0.5) + 12
+                    # No faster than they can begin, and nobody ends before all have begun.
+                    ramp = 10.0 if size == 1000 else 16.0
+                    tokens = int(ramp / 0.5) + 8
                     found = self.load(
                         engines, port, watch, streams=STREAMS, ramp=ramp, tokens=tokens, prompt_bytes=size
                     )
@@ -273,8 +294,7 @@ class Bench:
 
     def soak(self, seconds: float) -> None:
         """Ours for a long time: what grows."""
-        capacity = self.value("ours", "requests_per_core", **CPU_CASES[MAIN][0])
-        assert capacity, "run the phase cpu first"
+        capacity = self.capacity()
         memory: list[tuple[float, float]] = []
         self.settle()
         with self.running("ours") as (proxy, engines, port):
@@ -334,6 +354,7 @@ def main() -> None:
     options = parser.parse_args()
     bench = Bench(options.subjects, options.json, options.quick)
     for phase in options.phases:
+        bench.urgent = True
         if phase == "soak":
             bench.soak(options.soak_seconds)
         else:
