@@ -4,13 +4,16 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import resource
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from aiohttp import web
 
-from mooncake_connector.scheduler.proxy.settings import ServiceClass
+from mooncake_connector.scheduler.proxy.connections import Connections
+from mooncake_connector.scheduler.proxy.settings import InForce, ProxySettings, ServiceClass
 from tests.proxy.conftest import Setting, Start
 from tests.proxy.fakes import MODEL, events
 
@@ -201,3 +204,14 @@ async def test_who_asks_before_sending_a_body_is_told_to_go_on_only_if_it_is_wan
             if status == 100:
                 writer.write(BODY)
                 assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    ("files", "most"), [(364, 100), (1 << 20, 500), (10, 1), (resource.RLIM_INFINITY, 500)]
+)
+async def test_no_more_connections_than_there_are_files_for(
+    monkeypatch: pytest.MonkeyPatch, files: int, most: int
+):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    settings = ProxySettings(prefill=("http://p",), decode=("http://d",), max_connections=500)
+    assert Connections(web.Server(lambda _: None), InForce(settings)).most == most

@@ -46,8 +46,10 @@ class Connections:
     @property
     def most(self) -> int:
         """So many at a time: `max_connections`, or fewer if this process may not open the files for them."""
-        affordable = max(1, (self._files - FILES_ELSE) // FILES_EACH)
-        return min(self.in_force.settings.max_connections, affordable)
+        wanted = self.in_force.settings.max_connections
+        if self._files == resource.RLIM_INFINITY:
+            return wanted
+        return min(wanted, max(1, (self._files - FILES_ELSE) // FILES_EACH))
 
 
 class Connection(web.RequestHandler):
