@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import resource
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
@@ -171,6 +171,7 @@ def _close_with(transport: asyncio.BaseTransport, status: int, reason: str, mess
         f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     )
-    assert isinstance(transport, asyncio.WriteTransport)
-    transport.write(head.encode() + body)
-    transport.close()
+    # uvloop's transports are no subclass of it.
+    writing = cast(asyncio.WriteTransport, transport)
+    writing.write(head.encode() + body)
+    writing.close()
