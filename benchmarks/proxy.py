@@ -59,7 +59,7 @@ PAIRS = 2
 PROMPT, STEP, HANDOFF = 0.005, 0.02, 0.003
 STREAMS = 2000
 LOADS = (25, 50, 75)
-ROUNDS = 3
+ROUNDS = 2
 PHASES = ("cpu", "latency", "streams", "saturation", "soak")
 PACKAGES = ("mooncake-connector", "aiohttp", "uvloop", "msgspec")
 Found = dict[str, npt.NDArray[Any]]
@@ -82,7 +82,7 @@ class Bench:
     """One run.
 
     Args:
-        quick: shorter measurements, for trying things out.
+        quick: measurements of half the length.
     """
 
     def __init__(self, subjects: list[str], file: Path | None, quick: bool) -> None:
@@ -90,7 +90,7 @@ class Bench:
         self.rows: list[report.Row] = []
         self.urgent = True
         self._file = file
-        self._scale = 0.3 if quick else 1.0
+        self._scale = 0.5 if quick else 1.0
         self._folder = Path(tempfile.mkdtemp(prefix="proxy-bench-"))
         self._busy: list[float] = []
         self._seed = 0
@@ -350,7 +350,7 @@ def main() -> None:
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES[:4])
     parser.add_argument("--subjects", nargs="+", default=[*SUBJECTS, NONE], choices=[*SUBJECTS, NONE])
     parser.add_argument("--soak-seconds", type=float, default=1800)
-    parser.add_argument("--quick", action="store_true", help="a third of the time, to try things out")
+    parser.add_argument("--quick", action="store_true", help="half of the time")
     options = parser.parse_args()
     bench = Bench(options.subjects, options.json, options.quick)
     for phase in options.phases:

@@ -3,7 +3,8 @@
 from typing import Any
 
 import msgspec
-from sim_http import Http, json_answer
+
+from benchmarks.sim_http import Http, json_answer
 
 MODEL = "sim"
 

@@ -27,9 +27,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 import uvloop
-from sim_answers import MODEL, Body, Stream, event, usage, whole
-from sim_http import Http, json_answer, sse
 
+from benchmarks.sim_answers import MODEL, Body, Stream, event, usage, whole
+from benchmarks.sim_http import Http, json_answer, sse
 from mooncake_connector.scheduler.simulator.costs import Costs
 from mooncake_connector.scheduler.simulator.presets import PRESETS, preset
 
