@@ -245,7 +245,11 @@ def engines(*lists: Iterable[FakeEngine]) -> list[FakeEngine]:
 def left(setting: Setting) -> list[str]:
     """What is still in flight anywhere: in the proxy's own accounts, in its tasks, at the fake engines."""
     proxy = setting.proxy
-    found = [f"{i.url} has {i.requests} requests" for i in proxy.pool if i.requests or i.tokens]
+    found = [
+        f"{i.url} has {i.requests} requests, {i.transfers} transfers"
+        for i in proxy.pool
+        if i.requests or i.tokens or i.transfers or i.leases
+    ]
     conductor = proxy.conductor
     found += [f"{a.name} is booked" for a in conductor.accounts(0.0) if a.prompts or a.answers]
     books = {
