@@ -10,10 +10,23 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
+import uvloop
 
 from mooncake_connector.scheduler.proxy.app import Proxy
 from mooncake_connector.scheduler.proxy.settings import ProxySettings
 from tests.proxy.fakes import FakeEngine
+
+# What is about connections runs on the loop that the command runs on: its transports are others.
+ON_UVLOOP = ("test_limits.py", "test_tls.py", "test_hostile_clients.py", "test_admin.py", "test_reload.py")
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Which loop a test runs on."""
+    return (
+        {"uvloop": uvloop.new_event_loop}
+        if item.path.name in ON_UVLOOP
+        else {"asyncio": asyncio.new_event_loop}
+    )
 
 
 @dataclass
