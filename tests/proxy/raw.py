@@ -126,13 +126,15 @@ class RawEngine(FakeEngine):
     """A fake engine that answers generation requests with whatever bytes its scripts write.
 
     `scripts` is used up one per generation request, `always` serves those that find it empty; without
-    either the answer is a fake engine's usual one.
+    either the answer is a fake engine's usual one. `ill` is how it answers all else, health checks and probes
+    too, if it is set.
     """
 
     def __init__(self, role: str, scripts: list[Script] | None = None, **probe: Any) -> None:
         super().__init__(role, **probe)
         self.scripts: list[Script] = [] if scripts is None else scripts
         self.always: Script = usual
+        self.ill: Script | None = None
         self.sampled = 7
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
@@ -164,6 +166,9 @@ class RawEngine(FakeEngine):
         headers = CIMultiDict(tuple(line.split(": ", 1)) for line in head[1:] if line)
         raw = await reader.readexactly(int(headers.get("Content-Length", 0)))
         path = head[0].split(" ")[1]
+        if self.ill:
+            await self.ill(Call(path, {}, raw, headers, 0.0), reader, writer)
+            return not writer.is_closing()
         if path in ("/health", "/v1/models"):
             models = {"object": "list", "data": [{"id": MODEL}]}
             writer.write(whole(b"" if path == "/health" else encoded(models)))

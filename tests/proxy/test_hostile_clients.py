@@ -13,10 +13,12 @@ import pytest
 
 from mooncake_connector.scheduler.proxy.endpoints import DECODE_ALONE, DISAGGREGATED
 from tests.proxy.conftest import Setting, Start
-from tests.proxy.fakes import events
+from tests.proxy.fakes import Call, events
 from tests.proxy.raw import (
+    SSE,
     STREAM,
     TEXT,
+    RawEngine,
     chunk,
     connected,
     encoded,
@@ -26,6 +28,8 @@ from tests.proxy.raw import (
     post,
     read,
     say,
+    streamed,
+    text,
 )
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
@@ -488,6 +492,36 @@ async def test_one_byte_at_a_time_is_as_good_as_all(start: Start):
     assert got
     assert got.body == b"".join(events())
     assert "X-Trailer" not in setting.decode[0].calls[0].headers
+    await nothing_left(setting)
+
+
+async def test_a_client_that_does_not_read_stops_the_engine_and_nobody_else(start: Start):
+    """What it does not take stays with the engine: the proxy holds no more than its buffers."""
+    p, d = RawEngine("kv_producer"), RawEngine("kv_consumer")
+    written = 0
+
+    async def much(call: Call, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal written
+        writer.write(SSE)
+        while written < 200 << 20 and not writer.is_closing():
+            writer.write(chunk(b"data: " + b"a" * (1 << 16) + b"\n\n"))
+            written += 1 << 16
+            await writer.drain()
+
+    setting = await start([p], [d])
+    d.scripts.append(much)
+    async with connected(setting) as (reader, writer):
+        reader._transport.pause_reading()
+        writer.write(post(STREAM))
+        before = -1
+        while written != before:
+            before = written
+            await asyncio.sleep(0.2)
+        assert 0 < written < 32 << 20
+        got = await say(setting, post(STREAM))
+        assert got
+        assert streamed(got.body)[0] == text(3)
+        assert not d.calls[0].over.is_set()
     await nothing_left(setting)
 
 

@@ -363,3 +363,23 @@ async def test_endpoints_of_any_one_engine_get_an_answer_or_an_error(start: Star
     events = {"error event", "error event in two", "no content"}
     cases = {name: script for name, script in BEFORE.items() if name not in quiet | events}
     await all_of(cases | {name: hangs()[name] for name in ("at once", "after the headers")}, attempt)
+
+
+async def test_an_engine_whose_checks_are_answered_with_garbage_is_left_out_until_it_is_well(start: Start):
+    async def attempt(script: Script) -> None:
+        p, ill, well = (RawEngine(role) for role in ("kv_producer", "kv_consumer", "kv_consumer"))
+        # The 500s of probes are no failures of requests.
+        setting = await start([p], [ill, well], check_seconds=0.05, probe_timeout=0.5, **SOON)
+        instance = setting.proxy.pool[ill.url]
+        ill.ill = script
+        instance.suspect("a test says so")
+        await setting.settled(lambda _: not instance.up)
+        assert instance.reason
+        assert instance.reason.isprintable()
+        assert told(await one(setting, STREAM)) == text(3)
+        ill.ill = None
+        await setting.settled(lambda _: instance.up)
+        await nothing_left(setting, alone=False)
+
+    # Garbage is a good enough answer to a health check, but to no probe.
+    await all_of(BEFORE | garbage(), attempt)

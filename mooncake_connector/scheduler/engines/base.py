@@ -17,12 +17,14 @@ class EngineUnready(MooncakeError):
     """An engine did not answer a check as it should.
 
     Attributes:
-        gone: nobody listens there; False: slow, or answering with an error.
+        gone: nobody listens there.
+        late: it did not answer in time: it may just be busy. Neither: it answered what it should not.
     """
 
-    def __init__(self, message: str, *, gone: bool = False) -> None:
+    def __init__(self, message: str, *, gone: bool = False, late: bool = False) -> None:
         super().__init__(message)
         self.gone = gone
+        self.late = late
 
 
 class KvEventSource(msgspec.Struct, frozen=True):

@@ -70,20 +70,23 @@ class Prober:
         started = said = clock()
         probed = float("-inf")
         misses = 0
+        wrong = False
         well = clock()
         while True:
             idle = instance.requests == 0 and clock() - probed > self._probe_seconds
             try:
-                if not instance.up or instance.suspicion.is_set() or idle:
+                if not instance.up or instance.suspicion.is_set() or idle or wrong:
                     instance.suspicion.clear()
                     instance.mark_up(await self._engine.probe(self._session, instance.url))
                     self._pool.mismatches()
                     probed = clock()
                 else:
                     await self._engine.health(self._session, instance.url)
-                misses = 0
+                misses, wrong = 0, False
             except EngineUnready as error:
                 misses += 1
+                # A health check that succeeds does not make up for a wrong answer: only another probe does.
+                wrong = not error.late
                 # A busy engine may miss one check; one that never answered, or whose port is closed, is down.
                 if error.gone or not instance.up or misses >= MISSES:
                     instance.mark_down(str(error))

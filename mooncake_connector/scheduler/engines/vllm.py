@@ -211,7 +211,7 @@ class VllmEngine:
             ) as reply:
                 answer = await reply.read()
         except TimeoutError:
-            raise EngineUnready(f"{url} did not answer within {limit.total:g} s") from None
+            raise EngineUnready(f"{url} did not answer within {limit.total:g} s", late=True) from None
         except (aiohttp.ClientError, OSError) as error:
             gone = isinstance(error, aiohttp.ClientConnectorError)
             raise EngineUnready(f"{url}: {told(error)}", gone=gone) from None
