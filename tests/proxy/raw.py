@@ -247,6 +247,11 @@ def engines(*lists: Iterable[FakeEngine]) -> list[FakeEngine]:
     return [engine for each in lists for engine in each]
 
 
+def asked(setting: Setting) -> int:
+    """How many generation requests came to any engine."""
+    return sum(len(engine.calls) for engine in engines(setting.prefill, setting.decode))
+
+
 def left(setting: Setting) -> list[str]:
     """What is still in flight anywhere: in the proxy's own accounts, in its tasks, at the fake engines."""
     proxy = setting.proxy
