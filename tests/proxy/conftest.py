@@ -17,7 +17,14 @@ from mooncake_connector.scheduler.proxy.settings import ProxySettings
 from tests.proxy.fakes import FakeEngine
 
 # What is about connections runs on the loop that the command runs on: its transports are others.
-ON_UVLOOP = ("test_limits.py", "test_tls.py", "test_hostile_clients.py", "test_admin.py", "test_reload.py")
+ON_UVLOOP = (
+    "test_limits.py",
+    "test_tls.py",
+    "test_hostile_clients.py",
+    "test_hostile_bodies.py",
+    "test_admin.py",
+    "test_reload.py",
+)
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
