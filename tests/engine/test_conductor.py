@@ -24,6 +24,7 @@ from tests.engine.harness import eventually, greedy, metric, random_prompt
 
 Http = aiohttp.ClientSession
 BLOCK = 32
+LONG = 3000
 
 
 @dataclass
@@ -170,32 +171,34 @@ async def test_too_much_is_sent_away_and_let_in_later(pair: Pair, http: Http) ->
 
 async def _sent_away(http: Http, url: str) -> None:
     rng = random.Random("away")
-    body = {"model": "m", "max_tokens": 300, "ignore_eos": True, "stream": True, "temperature": 0}
-    async with http.post(
-        f"{url}/v1/completions", json={**body, "prompt": random_prompt(rng, 500)}
-    ) as running:
-        assert running.status == 200
-        await running.content.readany()
-        took = []
-        for _ in range(5):
-            began = asyncio.get_running_loop().time()
-            async with http.post(
-                f"{url}/v1/completions", json={**body, "prompt": random_prompt(rng, 900)}
-            ) as reply:
-                said = (await reply.json())["error"]
-            took.append(asyncio.get_running_loop().time() - began)
-            assert reply.status == 429
-            assert int(reply.headers["Retry-After"]) >= 1
-            assert said["slo"] == "ttft"
-            assert said["predicted"] > 0.001
-            assert "first token" in said["message"]
-        assert min(took) < 0.05
-        assert b"[DONE]" in await running.read()
-    assert await metric(http, url, "mooncake_proxy_rejected_total") == 5
+    body = {"model": "m", "max_tokens": 20, "ignore_eos": True, "stream": True, "temperature": 0}
+    took = []
+
+    async def ask() -> int:
+        began = asyncio.get_running_loop().time()
+        async with http.post(
+            f"{url}/v1/completions", json={**body, "prompt": random_prompt(rng, LONG)}
+        ) as reply:
+            if reply.status == 200:
+                assert b"[DONE]" in await reply.read()
+                return 200
+            said = (await reply.json())["error"]
+        took.append(asyncio.get_running_loop().time() - began)
+        assert int(reply.headers["Retry-After"]) >= 1
+        assert said["slo"] == "ttft"
+        assert said["predicted"] > said["limit"] > 0
+        assert "first token" in said["message"]
+        return reply.status
+
+    # One begins at once, although no engine could keep that promise: the others come while it is computed.
+    found = await asyncio.gather(*(ask() for _ in range(6)))
+    assert set(found) == {200, 429}
+    assert min(took) < 0.5
+    assert await metric(http, url, "mooncake_proxy_rejected_total") == found.count(429)
 
     async def let_in() -> bool:
         async with http.post(
-            f"{url}/v1/completions", json={**body, "prompt": random_prompt(rng, 900)}
+            f"{url}/v1/completions", json={**body, "prompt": random_prompt(rng, LONG)}
         ) as reply:
             return reply.status == 200 and b"[DONE]" in await reply.read()
 
