@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import contextlib
 import math
-import os
 import random
 import re
 import statistics
@@ -33,21 +32,12 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.overload_fleet import Fleet
 from benchmarks.report import Row, add_arguments, row
 from benchmarks.saved import Saved
 from benchmarks.ttft_client import body, open_session
 from benchmarks.ttft_measures import percentile
-from mooncake_connector.demo.models import make, server_args
-from mooncake_connector.scheduler.actuator.local import (
-    LocalEngine,
-    LocalProcess,
-    LocalProxy,
-    PreloadedVllm,
-    engine_environment,
-    push_config,
-    start_all,
-    stop_all,
-)
+from mooncake_connector.scheduler.actuator.local import PreloadedVllm, engine_environment, stop_all
 
 VOCABULARY = range(3, 390)
 PROMPTS = (512, 2048)  # tokens; evenly distributed between the two
@@ -58,7 +48,6 @@ CLIENTS = (4, 8, 16, 32)  # at once, to find the capacity
 CLIENT_SECONDS = 5.0
 WARM_SECONDS = 10.0
 DRAIN = 8.0  # seconds after the last arrival until what still runs is given up
-NICE = 14
 ADMISSIONS = ("per_request", "none")
 
 
@@ -264,66 +253,7 @@ def spread(name: str, values: Sequence[float]) -> str:
     return f"{name} {1e3 * statistics.median(values):.1f} ms (p90 {1e3 * percentile(values, 90):.1f})"
 
 
-def make_way(process: LocalProcess) -> None:
-    """Lower the priority of an engine and all that it started, also where nice counts in a session only."""
-    own = os.getpriority(os.PRIO_PROCESS, 0)
-    os.setpriority(os.PRIO_PGRP, process.pid, own + NICE)
-    group = Path(f"/proc/{process.pid}/autogroup")
-    if group.exists():
-        nice = int(Path("/proc/self/autogroup").read_text().split()[-1])
-        group.write_text(str(min(19, nice + NICE)))
-        time.sleep(0.2)  # the kernel takes it now and then only
-
-
-def confine(process: LocalProcess, cores: Sequence[int]) -> None:
-    """Let an engine and all that it started run on these CPUs only."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # The process group is the third field after the name, which is in brackets.
-            if int(stat.read_text().rpartition(")")[2].split()[2]) == process.pid:
-                for task in (stat.parent / "task").iterdir():
-                    os.sched_setaffinity(int(task.name), cores)
-
-
-class Fleet:
-    """Engines that run, and the proxies before them."""
-
-    def __init__(self, logs: Path, preload: PreloadedVllm) -> None:
-        model = make("tiny-llama")
-
-        def engine(name: str, role: str) -> LocalEngine:
-            return LocalEngine(
-                model,
-                kv_config=push_config("producer" if role == "prefill" else "consumer"),
-                args=server_args("tiny-llama"),
-                name=name,
-                logs=logs,
-                preload=preload,
-            )
-
-        self.prefill = [engine(f"prefill-{i}", "prefill") for i in range(2)]
-        self.decode = [engine(f"decode-{i}", "decode") for i in range(2)]
-        self.logs = logs
-
-    def start(self) -> None:
-        """Start the engines, lower their priority, and divide the CPUs between the two sides."""
-        start_all([*self.prefill, *self.decode], timeout=240)
-        cores = sorted(os.sched_getaffinity(0))
-        half = max(1, len(cores) // 2)
-        for engines, own in ((self.prefill, cores[:half]), (self.decode, cores[-half:])):
-            for engine in engines:
-                make_way(engine)
-                confine(engine, own)
-
-    def proxy(self, name: str, *args: str) -> LocalProxy:
-        """A further proxy, running."""
-        urls = [engine.url for engine in self.prefill], [engine.url for engine in self.decode]
-        proxy = LocalProxy(*urls, args=args, name=name, logs=self.logs)
-        start_all([proxy], timeout=60)
-        return proxy
-
-
-async def quiet(session: aiohttp.ClientSession, fleet: "Fleet") -> None:
+async def quiet(session: aiohttp.ClientSession, fleet: Fleet) -> None:
     """Wait until no engine has anything to do: what one proxy gave them the other one does not know."""
     for engine in (*fleet.prefill, *fleet.decode):
         inside = 1.0
