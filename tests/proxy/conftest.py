@@ -22,6 +22,8 @@ ON_UVLOOP = (
     "test_tls.py",
     "test_hostile_clients.py",
     "test_hostile_bodies.py",
+    "test_hostile_engines.py",
+    "test_hostile_fuzz.py",
     "test_admin.py",
     "test_reload.py",
 )

@@ -338,7 +338,8 @@ async def test_a_bug_in_the_middle_of_a_stream_ends_it_in_good_form(
     assert not done
     assert error
     assert error["code"] == 502
-    assert setting.count("requests_total", path="/v1/completions", outcome="proxy_error") == 1
+    counted = {"path": "/v1/completions", "outcome": "proxy_error"}
+    await setting.settled(lambda _: setting.count("requests_total", **counted) == 1)
     await nothing_left(setting)
 
 
