@@ -1,12 +1,14 @@
 """The proxies that proxy.py compares, as processes on a core of their own; and the engines behind them."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -23,11 +25,14 @@ FIRST, SECOND = 3, 2
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses now."""
-    found = [socket.create_server((HOST, 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in found]
-    for each in found:
-        each.close()
+    """Ports that nobody uses now, nor any client is given for a connection meanwhile."""
+    ports: list[int] = []
+    for port in random.sample(range(20_000, 32_000), 12_000):
+        with suppress(OSError):
+            socket.create_server((HOST, port)).close()
+            ports.append(port)
+        if len(ports) == count:
+            break
     return ports
 
 
