@@ -307,9 +307,7 @@ async def longest_stop(work: Coroutine[Any, Any, Any]) -> float:
     return longest
 
 
-async def test_lone_surrogates_are_refused_or_not_told(tokens: Tokens):
-    for text in (b"\\ud800", b"x\\udc00y"):
+def test_lone_surrogates_are_refused():
+    for text in (b"\\ud800", b"x\\udc00y", b"\xed\xa0\x80"):
         with pytest.raises(BadRequest):
             ClientRequest.parse(COMPLETIONS, b'{"prompt": "%b"}' % text)
-    # The proxy does not look into what it only forwards: UTF-8 that is none is the engine's to refuse.
-    assert await tokens.ids(ClientRequest.parse(COMPLETIONS, b'{"prompt": "\xed\xa0\x80"}')) is None
