@@ -159,7 +159,7 @@ async def test_a_folder_without_a_tokenizer_is_told_once(tmp_path: Path, caplog:
     for _ in range(3):
         tokens.offer("anything")
         assert not await tokens.loaded()
-    (record,) = [record for record in caplog.records if record.name.startswith("mooncake")]
+    (record,) = [record for record in caplog.records if record.name == Tokens.__module__]
     assert str(tmp_path) in record.getMessage()
     assert "Mistral" in record.getMessage()
     tokens.close()
