@@ -30,6 +30,7 @@ from pathlib import Path
 import report
 from gpu_pair import BLOCK, Task
 from gpu_processes import Failed, Measuring
+from gpu_tuning import SWEEP
 
 BENCHMARK = "gpu"
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,29 +79,6 @@ GPU_SUBJECTS = (
 ON_HOST = ("socket", "tcp-host")
 """Have host memory also where there are GPUs."""
 HOST_SUBJECTS = ("memcpy", "process_vm", "nixl-host", "mooncake-tcp", "tcp", "socket")
-SWEEP: tuple[dict[str, float], ...] = (
-    {},
-    {"connections": 4},
-    {"UNLOAD_BYTES": 8 * MIB},
-    {"connections": 4, "UNLOAD_BYTES": 8 * MIB},
-    {"slice_time_s": 1e-3},
-    {"max_bytes": 32 * MIB, "slice_time_s": 16e-3},
-    *({"connections": n} for n in (1, 3, 6, 8)),
-    *({"UNLOAD_BYTES": n * MIB} for n in (1, 4)),
-    *({"KERNEL_BLOCKS": n} for n in (2, 8, 16)),
-    {"KERNEL_RANGES": 1 << 20},
-    {"LOADS": 3},
-    {"LOAD_BYTES": 4 * MIB},
-    {"SEND_BUFFER_BYTES": 0, "RECEIVE_BUFFER_BYTES": 0},
-    {"SEND_BUFFER_BYTES": MIB, "RECEIVE_BUFFER_BYTES": MIB},
-    {"UNLOADS": 2},
-    {"UNLOADS": 5},
-    {"slice_time_s": 2e-3},
-    {"max_bytes": 16 * MIB, "slice_time_s": 8e-3},
-)
-"""Of tcp with GPU memory; what tells most comes first. Names in capitals are constants of its code, others of
-`SlicePolicy`. Sockets' buffers: 0 leaves them to the system. With so many KERNEL_RANGES all go by copy
-engines."""
 SWEEP_BYTES, SWEEP_S = 256 * MIB, 3.0
 """Moved at a time, and what one of them may take. One that hangs costs a transfer's limit, once."""
 PEERS = ("nixl", "mooncake-nvlink", "nixl-host", "mooncake-tcp")

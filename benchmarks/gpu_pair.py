@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 from gpu_memory import CudaMemory, HostMemory, Move, scattered
-from gpu_subjects import ALONE, PAIRS, Memory, Start, tune
+from gpu_subjects import ALONE, PAIRS, Memory, Start
+from gpu_tuning import tune
 
 PREPARE_S = 90.0
 ANSWER_S = 30.0

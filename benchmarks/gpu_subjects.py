@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from gpu_memory import Array, CudaMemory, HostMemory, Move
+from gpu_tuning import tuned
 
 Memory = HostMemory | CudaMemory
 Start = Callable[[int], Callable[[], None]]
@@ -34,7 +35,7 @@ class Subject(Protocol):
     def connect(self, memory: Memory, offer: Any, settings: dict[str, Any]) -> None:
         """In the initiator: be ready to write from its memory; what was connected before is given up.
 
-        Settings in capitals are constants of the project's transports, and set by `tune` before.
+        Settings in capitals are constants of the project's transports, and set by `gpu_tuning.tune` before.
         """
 
     def prepare(self, move: Move) -> Start:
@@ -77,46 +78,8 @@ class Ours:
         from mooncake_connector.config import TransferConfig
         from mooncake_connector.kv_transfer.engine import TransferEngine
 
-        own = {name: value for name, value in settings.items() if not _tuned(name)}
+        own = {name: value for name, value in settings.items() if not tuned(name)}
         return TransferEngine(TransferConfig(path=self._path, **own))
-
-
-SLICING = ("slice_time_s", "max_bytes")
-"""Of `SlicePolicy`."""
-
-_TUNED: dict[tuple[Any, str], Any] = {}
-
-
-def _tuned(name: str) -> bool:
-    """Whether `tune` takes this setting."""
-    return name.isupper() or name in SLICING
-
-
-def tune(settings: dict[str, Any]) -> None:
-    """Give constants of the transports (names in capitals) other values, and all others their own again.
-
-    Links that are made from now on cut their slices by what is named of `SLICING`.
-
-    Raises:
-        ValueError: There is no such constant.
-    """
-    from mooncake_connector.kv_transfer import dispatcher
-    from mooncake_connector.kv_transfer.slicing import SlicePolicy
-    from mooncake_connector.kv_transfer.transport import lane, receiver, staging, stream
-
-    for (module, name), value in _TUNED.items():
-        setattr(module, name, value)
-    _TUNED.setdefault((dispatcher, "SlicePolicy"), SlicePolicy)
-    cut = {name: value for name, value in settings.items() if name in SLICING}
-    if cut:
-        dispatcher.SlicePolicy = partial(SlicePolicy, **cut)  # type: ignore[assignment,misc]
-    for name, value in settings.items():
-        places = [module for module in (lane, receiver, staging, stream) if hasattr(module, name)]
-        if name.isupper() and not places:
-            raise ValueError(f"no transport has a constant {name}")
-        for module in places:
-            _TUNED.setdefault((module, name), getattr(module, name))
-            setattr(module, name, value)
 
 
 def plan_of(move: Move, src_base: int, dst_base: int) -> Any:

@@ -15,6 +15,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import gpu  # noqa: E402
 import gpu_subjects  # noqa: E402
+import gpu_tuning  # noqa: E402
 import report  # noqa: E402
 from gpu_memory import POISON, CudaMemory, HostMemory, Move, content, scattered  # noqa: E402
 from gpu_pair import BLOCK, SAMPLES, Task, measure, two_at_a_time  # noqa: E402
@@ -183,10 +184,10 @@ def test_a_sweep_changes_settings_of_tcp_alone() -> None:
     assert tasks[0].settings == {}
     try:
         for task in tasks:
-            gpu_subjects.tune(task.settings)
+            gpu_tuning.tune(task.settings)
             gpu_subjects.Ours("tcp")._made(task.settings).close()
     finally:
-        gpu_subjects.tune({})
+        gpu_tuning.tune({})
 
 
 def test_only_mooncake_gets_its_environment(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from mooncake_connector.kv_transfer.transport.cuda.rail import CopyPolicy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from gpu_subjects import tune
+from gpu_tuning import tune
 
 
 class End:
