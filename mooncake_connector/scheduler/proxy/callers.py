@@ -13,6 +13,7 @@ from mooncake_connector.scheduler.proxy.settings import ProxySettings, ServiceCl
 OPEN = frozenset({"/health", "/ping", "/load", "/metrics"})
 HASH_SHOWN = 12
 STRANGER = Caller(engine_key="")
+NO_CLASS = ServiceClass()
 
 
 class Callers:
@@ -41,7 +42,7 @@ class Callers:
         if self._tenant_header:
             tenant = headers.get(self._tenant_header, "").strip()
             shown = hashlib.sha256(tenant.encode(errors="surrogateescape")).hexdigest() if tenant else ""
-        service = self._classes[name] if name else ServiceClass()
+        service = self._classes[name] if name else NO_CLASS
         return Caller(tenant, shown[:HASH_SHOWN], name or "", service, self._engine_key)
 
     @web.middleware

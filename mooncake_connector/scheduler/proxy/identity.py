@@ -1,7 +1,7 @@
 """Who a request is in logs: its id, and the trace that it is part of. Nothing here does I/O."""
 
+import os
 import re
-import uuid
 from contextvars import ContextVar
 
 import msgspec
@@ -31,8 +31,10 @@ class Identity(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, named: object, trace_parent: str | None = None) -> "Identity":
         """From what the client says."""
-        usable = isinstance(named, str) and _request_id.fullmatch(named)
-        return cls(str(named) if usable else uuid.uuid4().hex, _trace_id(trace_parent or ""))
+        trace_id = _trace_id(trace_parent) if trace_parent else ""
+        if isinstance(named, str) and _request_id.fullmatch(named):
+            return cls(named, trace_id)
+        return cls(os.urandom(16).hex(), trace_id)
 
 
 # Of the request that the running task serves; the tasks that it starts have it, too.
