@@ -2,7 +2,7 @@
 
 import asyncio
 
-from aiohttp import HttpVersion11, hdrs, web
+from aiohttp import HttpVersion11, StreamReader, hdrs, web
 
 from mooncake_connector.scheduler.proxy.settings import InForce
 
@@ -30,8 +30,6 @@ async def read_body(http: web.Request) -> bytes:
     """
     settings = http.app[IN_FORCE].settings
     limit = settings.max_body_mib << 20
-    content = http.content
-    body = bytearray()
     if (http.content_length or 0) > limit:
         raise _too_large(settings.max_body_mib)
     if http.headers.get(hdrs.EXPECT, "").lower() == CONTINUE and http.version == HttpVersion11:
@@ -39,18 +37,31 @@ async def read_body(http: web.Request) -> bytes:
         # aiohttp takes what was written for an answer that has begun.
         http.writer.output_size = 0
     try:
-        async with asyncio.timeout(settings.body_seconds):
-            while chunk := await content.readany():
-                body += chunk
-                if len(body) > limit:
-                    raise _too_large(settings.max_body_mib)
+        if http.content.is_eof():
+            # Most come with their headers: there is nothing to wait for.
+            body = http.content.read_nowait()
+        else:
+            async with asyncio.timeout(settings.body_seconds):
+                body = await _read(http.content, limit)
     except web.RequestPayloadError:
         raise web.HTTPBadRequest(text="the request's body is not what its headers say") from None
     except TimeoutError:
         raise web.HTTPRequestTimeout(
             text=f"the request's body did not come within {settings.body_seconds:g} s"
         ) from None
-    return bytes(body)
+    if len(body) > limit:
+        raise _too_large(settings.max_body_mib)
+    return body
+
+
+async def _read(content: StreamReader, limit: int) -> bytes:
+    """All of it, or what is more than `limit`."""
+    chunks: list[bytes] = []
+    size = 0
+    while size <= limit and (chunk := await content.readany()):
+        chunks.append(chunk)
+        size += len(chunk)
+    return b"".join(chunks)
 
 
 def _too_large(mib: int) -> web.HTTPRequestEntityTooLarge:
