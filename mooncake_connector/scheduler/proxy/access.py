@@ -79,7 +79,8 @@ class AccessLog:
         finally:
             # What still comes of its body is no next request.
             request.content.on_eof(connection.ended)
-            if self._in_force.settings.access_log and request.path not in OPEN:
+            wanted = self._in_force.settings.access_log and log.isEnabledFor(logging.INFO)
+            if wanted and request.path not in OPEN:
                 log.info(_line(request, access, status, time.monotonic() - began))
 
 

@@ -26,8 +26,8 @@ OWN = frozenset({"content-length", "x-request-id"})
 # The proxy's word on who served counts, and no one else's.
 PREFIX = "x-mooncake-"
 NOT_FORWARDED = HOP_BY_HOP | OWN | {"host", "content-encoding", "accept-encoding", "expect"}
-# Where clients' keys are.
-KEYS = frozenset({"authorization", API_KEY})
+# Clients' keys are not for engines that have their own.
+NOT_FORWARDED_WITH_KEY = NOT_FORWARDED | {"authorization", API_KEY}
 NOT_RETURNED = HOP_BY_HOP | OWN | {"date", "server"}
 
 
@@ -44,7 +44,7 @@ def forwarded(http: web.Request) -> CIMultiDict[str]:
     if caller is None or caller.engine_key is None:
         headers = _without(http.headers, NOT_FORWARDED)
     else:
-        headers = _without(http.headers, NOT_FORWARDED | KEYS)
+        headers = _without(http.headers, NOT_FORWARDED_WITH_KEY)
         if caller.engine_key:
             headers[hdrs.AUTHORIZATION] = f"Bearer {caller.engine_key}"
     if identity := current.get():
@@ -76,7 +76,9 @@ def _without(headers: Mapping[str, str], dropped: frozenset[str]) -> CIMultiDict
     if named := headers.get(hdrs.CONNECTION):
         dropped = dropped | {name.strip().lower() for name in named.split(",")}
     return CIMultiDict(
-        (name, value)
-        for name, value in headers.items()
-        if (lower := name.lower()) not in dropped and not lower.startswith(PREFIX)
+        [
+            (name, value)
+            for name, value in headers.items()
+            if (lower := name.lower()) not in dropped and not lower.startswith(PREFIX)
+        ]
     )

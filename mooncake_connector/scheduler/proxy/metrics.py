@@ -6,6 +6,12 @@ from mooncake_connector.scheduler.engines.pool import Pool
 from mooncake_connector.scheduler.proxy.pool_metrics import PoolMetrics
 from mooncake_connector.scheduler.proxy.retry_budget import RetryBudget
 
+# What `step_seconds` tells of: the names, and the moments of a request's timeline from and to.
+STEPS = {
+    "dispatch": ("received", "decode_sent"),
+    "hand_over": ("prefill_answer", "decode_first"),
+    "answer": ("decode_first", "decode_end"),
+}
 SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
 
 
@@ -38,7 +44,7 @@ class ProxyMetrics:
             buckets=SECONDS,
             registry=self.registry,
         )
-        self.step_seconds = Histogram(
+        steps = Histogram(
             "mooncake_proxy_step_seconds",
             "dispatch: until decode is asked; hand_over: from prefill's answer to decode's first bytes; "
             "answer: from those to the last.",
@@ -46,6 +52,7 @@ class ProxyMetrics:
             buckets=SECONDS,
             registry=self.registry,
         )
+        self.step_seconds = {name: steps.labels(name) for name in STEPS}
         self.first_tokens = Counter(
             "mooncake_proxy_first_tokens",
             "Streams by whose first token the client got, where prefill's could have been.",

@@ -9,17 +9,11 @@ from typing import Any
 
 import msgspec
 
-from mooncake_connector.scheduler.proxy.metrics import ProxyMetrics
+from mooncake_connector.scheduler.proxy.metrics import STEPS, ProxyMetrics
 from mooncake_connector.scheduler.proxy.openai import UNREADABLE
 from mooncake_connector.scheduler.proxy.sse import DONE, END, Events
 
 HEADER = "x-mooncake-timeline"
-# Steps worth a histogram: name, from, to.
-STEPS = (
-    ("dispatch", "received", "decode_sent"),
-    ("hand_over", "prefill_answer", "decode_first"),
-    ("answer", "decode_first", "decode_end"),
-)
 
 
 class Timeline:
@@ -36,7 +30,7 @@ class Timeline:
         self.mark("received")
 
     def mark(self, name: str) -> None:
-        self.moments[name] = round(time.monotonic(), 6)
+        self.moments[name] = time.monotonic()
 
     def seconds(self, begin: str, end: str) -> float | None:
         """From one moment to another; None if one of them did not come."""
@@ -46,9 +40,9 @@ class Timeline:
 
     def observe(self, metrics: ProxyMetrics) -> None:
         """Put the steps that the request went through into the histograms."""
-        for name, begin, end in STEPS:
+        for name, (begin, end) in STEPS.items():
             if (passed := self.seconds(begin, end)) is not None:
-                metrics.step_seconds.labels(name).observe(passed)
+                metrics.step_seconds[name].observe(passed)
 
 
 async def with_timeline(
