@@ -14,7 +14,7 @@ import uvloop
 
 from mooncake_connector.scheduler.proxy.app import Proxy
 from mooncake_connector.scheduler.proxy.settings import ProxySettings
-from tests.proxy.fakes import FakeEngine
+from tests.proxy.fakes import WITHIN, FakeEngine
 
 # What is about connections runs on the loop that the command runs on: its transports are others.
 ON_UVLOOP = (
@@ -54,7 +54,7 @@ class Setting:
         self.settings = msgspec.structs.replace(self.settings, **changed)
         return self.proxy.reload()
 
-    async def settled(self, check: Callable[[Proxy], bool], within: float = 5.0) -> None:
+    async def settled(self, check: Callable[[Proxy], bool], within: float = WITHIN) -> None:
         """Wait until the proxy's pools are as `check` wants."""
         async with asyncio.timeout(within):
             while not check(self.proxy):  # noqa: ASYNC110

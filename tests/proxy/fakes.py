@@ -13,6 +13,11 @@ from multidict import CIMultiDict
 
 MODEL = "tiny"
 DONE = b"data: [DONE]\n\n"
+# Seconds that bound failures only: nobody waits for them, and a busy machine needs some. No default deadline
+# of the proxy is as short that would end what these tests wait for.
+WITHIN = 15.0
+# The same where `aside.LINGER`, five seconds, would end it.
+SOON = 4.5
 GENERATES = (
     "/v1/completions",
     "/v1/chat/completions",
@@ -70,6 +75,8 @@ class FakeEngine:
         self.says = "engine says"  # when it refuses or fails
         self.released: list[str] = []
         self.delay = 0.0
+        self.goes_on = asyncio.Event()  # while it is clear, it writes nothing
+        self.goes_on.set()
         self.gap = self.first_gap = 0.0
         self.per_token = 0.0  # seconds that it says its prompts took
         self.stream = events()
@@ -114,7 +121,7 @@ class FakeEngine:
 
     async def call(self, index: int = 0) -> Call:
         """The generation request number `index`, once it is there."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WITHIN):
             while len(self.calls) <= index:  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
         return self.calls[index]
@@ -208,6 +215,7 @@ class FakeEngine:
             return web.Response()
         if failure == "hang":
             await asyncio.sleep(60)
+        await self.goes_on.wait()
         await asyncio.sleep(self.delay)
         if isinstance(failure, int):
             error = {
@@ -244,6 +252,7 @@ class FakeEngine:
                 with contextlib.suppress(Exception):
                     request.transport.abort()
                 return response
+            await self.goes_on.wait()
             await response.write(chunk)
             await asyncio.sleep(self.gap)
         return response

@@ -12,7 +12,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from tests.proxy.conftest import Setting
-from tests.proxy.fakes import MODEL, Call, FakeEngine
+from tests.proxy.fakes import MODEL, SOON, WITHIN, Call, FakeEngine
 
 TEXT = {"model": MODEL, "prompt": "one two three four", "max_tokens": 7}
 STREAM = {**TEXT, "stream": True}
@@ -69,7 +69,7 @@ class Got:
         return error
 
 
-async def read(reader: asyncio.StreamReader, within: float = 5.0) -> Got | None:
+async def read(reader: asyncio.StreamReader, within: float = WITHIN) -> Got | None:
     """The next answer; None if the connection ended cleanly before it. Fails at anything but these."""
     async with asyncio.timeout(within):
         try:
@@ -115,7 +115,7 @@ async def connected(setting: Setting, limit: int = 1 << 20) -> AsyncIterator[Con
         writer.transport.abort()
 
 
-async def say(setting: Setting, data: bytes, within: float = 5.0) -> Got | None:
+async def say(setting: Setting, data: bytes, within: float = WITHIN) -> Got | None:
     """One answer to raw bytes."""
     async with connected(setting) as (reader, writer):
         writer.write(data)
@@ -285,7 +285,7 @@ def _serves(task: asyncio.Task[Any]) -> bool:
     return name.split(".")[0] in ("Dispatcher", "Attempt", "Aside", "Copies", "Answer", "StreamReader")
 
 
-async def nothing_left(*settings: Setting, within: float = 3.0, alone: bool = True) -> None:
+async def nothing_left(*settings: Setting, within: float = SOON, alone: bool = True) -> None:
     """Fails unless all accounts come to zero in time; `alone`: no other proxy has requests."""
 
     def found() -> list[str]:

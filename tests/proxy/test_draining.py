@@ -6,7 +6,7 @@ import pytest
 
 from mooncake_connector.scheduler.engines.pool import PoolError
 from tests.proxy.conftest import Setting, Start
-from tests.proxy.fakes import MODEL, FakeEngine, events
+from tests.proxy.fakes import MODEL, WITHIN, FakeEngine, events
 
 TEXT = {"model": MODEL, "prompt": "one two three four", "max_tokens": 7}
 STREAM = {**TEXT, "stream": True}
@@ -37,7 +37,7 @@ async def test_a_drained_engine_ends_what_it_has_and_gets_no_more(start: Start):
         assert await generate(setting) == b"".join(events(20))
     assert [len(busy.calls), len(other.calls)] == [1, 3]
     assert await running == b"".join(events(20))
-    await asyncio.wait_for(emptied, 1)
+    await asyncio.wait_for(emptied, WITHIN)
     async with setting.http.get("/health") as reply:
         states = {each["url"]: each["state"] for each in (await reply.json())["decode"]}
     assert states == {busy.url: "draining", other.url: "up"}
@@ -54,11 +54,11 @@ async def test_prefill_is_not_empty_before_decode_has_what_it_computed(start: St
     setting.decode[0].first_gap = 0.3
     running = asyncio.create_task(generate(setting))
     call = await setting.prefill[0].call()
-    await asyncio.wait_for(call.over.wait(), 1)
+    await asyncio.wait_for(call.over.wait(), WITHIN)
     instance = setting.proxy.pool.drain(setting.prefill[0].url)
-    await setting.settled(lambda _: instance.requests == 0, 1)
+    await setting.settled(lambda _: instance.requests == 0)
     assert instance.transfers == 1
-    await asyncio.wait_for(instance.emptied(), 1)
+    await asyncio.wait_for(instance.emptied(), WITHIN)
     assert await running == b"".join(events())
 
 
@@ -112,7 +112,7 @@ async def test_removal_waits_for_the_last_request_and_leaves_nothing_behind(star
     with pytest.raises(PoolError, match="leaves when its last request ended"):
         proxy.pool.add(busy.url, "decode")
     assert await running == b"".join(events(20))
-    await asyncio.wait_for(removing, 1)
+    await asyncio.wait_for(removing, WITHIN)
     assert busy.url not in proxy.pool
     assert busy.url not in proxy.index
     assert busy.url not in {account.name for account in proxy.conductor.accounts(0.0)}

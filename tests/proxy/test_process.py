@@ -15,10 +15,12 @@ import pytest
 from mooncake_connector.errors import ConfigError
 from mooncake_connector.scheduler.proxy.configuration import load
 from tests.proxy.conftest import free_port
-from tests.proxy.fakes import MODEL, FakeEngine, events
+from tests.proxy.fakes import MODEL, WITHIN, FakeEngine, events
 
 LEAVE = {"MOONCAKE_PROXY_LEAVE_SECONDS": "0"}
 COMMAND = [sys.executable, "-m", "mooncake_connector.cli", "proxy"]
+# Seconds until the process has started, at most: it imports much.
+START = 60.0
 P, D = "http://127.0.0.1:1", "http://127.0.0.1:2"
 
 
@@ -37,12 +39,12 @@ async def _spawn(*options: str, **environ: str) -> tuple[asyncio.subprocess.Proc
         *COMMAND, "--port", "0", *options, stdout=subprocess.PIPE, env=os.environ | LEAVE | environ
     )
     assert process.stdout
-    line = await asyncio.wait_for(process.stdout.readline(), 10)
+    line = await asyncio.wait_for(process.stdout.readline(), START)
     return process, line.decode().split()[-1]
 
 
 async def _healthy(http: aiohttp.ClientSession) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(START):
         while True:
             async with http.get("/health") as reply:
                 if reply.status == 200:
@@ -50,37 +52,53 @@ async def _healthy(http: aiohttp.ClientSession) -> None:
             await asyncio.sleep(0.02)
 
 
+async def _closed(url: str) -> None:
+    """Wait until nobody listens there."""
+    async with asyncio.timeout(WITHIN):
+        while True:
+            async with aiohttp.ClientSession(url) as late:
+                try:
+                    await late.get("/health")
+                except aiohttp.ClientConnectorError:
+                    return
+                except aiohttp.ClientConnectionError:
+                    pass
+            await asyncio.sleep(0.02)
+
+
 async def test_sigterm_lets_running_streams_end_and_takes_no_new_ones(engines: tuple[FakeEngine, FakeEngine]):
     prefill, decode = engines
     decode.stream, decode.gap = events(20), 0.05
-    process, url = await _spawn(MOONCAKE_PROXY_PREFILL=prefill.url, MOONCAKE_PROXY_DECODE=decode.url)
+    environ = {"MOONCAKE_PROXY_PREFILL": prefill.url, "MOONCAKE_PROXY_DECODE": decode.url}
+    process, url = await _spawn(**environ, MOONCAKE_PROXY_LEAVE_SECONDS="0.3")
     try:
         async with aiohttp.ClientSession(url) as http:
             await _healthy(http)
             body = {"model": MODEL, "prompt": "a", "stream": True}
             async with http.post("/v1/completions", json=body) as reply:
                 got = await reply.content.readany()
+                decode.goes_on.clear()
+                began = time.monotonic()
                 process.send_signal(signal.SIGTERM)
-                await asyncio.sleep(0.2)
-                async with aiohttp.ClientSession(url) as late:
-                    with pytest.raises(aiohttp.ClientConnectionError):
-                        await late.get("/health")
+                await _closed(url)
+                assert time.monotonic() - began >= 0.3
+                decode.goes_on.set()
                 got += await reply.content.read()
         assert got == b"".join(events(20))
-        assert await asyncio.wait_for(process.wait(), 5) == 0
+        assert await asyncio.wait_for(process.wait(), WITHIN) == 0
     finally:
         await _ended(process)
 
 
 async def test_load_balancers_see_that_it_goes_and_lose_nothing(engines: tuple[FakeEngine, FakeEngine]):
     prefill, decode = engines
-    environ = {"MOONCAKE_PROXY_LEAVE_SECONDS": "1.5"}
+    environ = {"MOONCAKE_PROXY_LEAVE_SECONDS": "600"}
     process, url = await _spawn("--prefill", prefill.url, "--decode", decode.url, **environ)
     try:
         async with aiohttp.ClientSession(url) as http:
             await _healthy(http)
             process.send_signal(signal.SIGTERM)
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(WITHIN):
                 while True:
                     async with http.get("/health") as reply:
                         if reply.status == 503 and (await reply.json())["status"] == "draining":
@@ -88,7 +106,8 @@ async def test_load_balancers_see_that_it_goes_and_lose_nothing(engines: tuple[F
             async with http.post("/v1/completions", json={"model": MODEL, "prompt": "a"}) as reply:
                 assert reply.status == 200
                 assert reply.headers["Connection"] == "close"
-        assert await asyncio.wait_for(process.wait(), 5) == 0
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), WITHIN) == 0
     finally:
         await _ended(process)
 
@@ -107,14 +126,14 @@ async def test_a_stream_that_does_not_end_is_cut(engines: tuple[FakeEngine, Fake
                 await reply.content.readany()
                 began = time.monotonic()
                 process.send_signal(signal.SIGINT)
-                await asyncio.sleep(0.1)
                 if how == "second_signal":
+                    await _closed(url)
                     process.send_signal(signal.SIGINT)
                 with pytest.raises(aiohttp.ClientPayloadError):
                     await reply.content.read()
-        assert await asyncio.wait_for(process.wait(), 5) == 0
-        assert time.monotonic() - began < 10
-        await asyncio.wait_for(decode.calls[0].over.wait(), 1)
+        assert await asyncio.wait_for(process.wait(), WITHIN) == 0
+        assert time.monotonic() - began < WITHIN
+        await asyncio.wait_for(decode.calls[0].over.wait(), WITHIN)
         assert decode.calls[0].aborted
     finally:
         await _ended(process)
@@ -133,7 +152,7 @@ def test_a_taken_port_is_named():
             [*COMMAND, "--prefill", P, "--decode", D, "--port", port],
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=START,
         )
     assert done.returncode == 2
     assert f"can't listen on 127.0.0.1:{port}" in done.stderr
@@ -188,4 +207,4 @@ async def test_a_port_that_nobody_serves_does_not_stop_the_proxy():
             assert reply.status == 503
     finally:
         process.terminate()
-        assert await asyncio.wait_for(process.wait(), 5) == 0
+        assert await asyncio.wait_for(process.wait(), WITHIN) == 0

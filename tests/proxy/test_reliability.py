@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import socket
-import time
 from collections.abc import Iterator
 
 import aiohttp
@@ -12,10 +11,11 @@ import pytest
 from aiohttp import web
 
 from mooncake_connector.scheduler.engines.breaker import FAILURES, PAUSE
+from mooncake_connector.scheduler.policy.scheduling import Scheduling
 from mooncake_connector.scheduler.proxy import deadlines
 from mooncake_connector.scheduler.proxy.retry_budget import RetryBudget
 from tests.proxy.conftest import Setting, Start
-from tests.proxy.fakes import MODEL, FakeEngine, events
+from tests.proxy.fakes import MODEL, SOON, WITHIN, FakeEngine, events
 from tests.proxy.test_failures import idle
 
 TEXT = {"model": MODEL, "prompt": "one two three four", "max_tokens": 7}
@@ -42,7 +42,7 @@ async def generate(setting: Setting, body: dict = STREAM) -> bytes:
 
 async def aborted(engine: FakeEngine, index: int = 0) -> None:
     call = await engine.call(index)
-    await asyncio.wait_for(call.over.wait(), 2)
+    await asyncio.wait_for(call.over.wait(), WITHIN)
     assert call.aborted
 
 
@@ -64,7 +64,7 @@ async def test_prefill_that_does_not_answer_is_given_up_and_another_one_asked(st
     await aborted(hung)
     await aborted(setting.decode[0])
     assert setting.count("retries_total", side="prefill") == 1
-    await setting.settled(lambda _: idle(setting), 1)
+    await setting.settled(lambda _: idle(setting), SOON)
 
 
 @pytest.mark.usefixtures("predicts_nothing")
@@ -75,7 +75,7 @@ async def test_decode_that_does_not_begin_is_given_up_and_another_one_asked(star
     first.failures = second.failures = ["hang"]
     assert await generate(setting, body) == (b"".join(events()) if "stream" in body else first.answer)
     await aborted(min((first, second), key=lambda engine: engine.calls[0].started))
-    await setting.settled(lambda _: idle(setting), 1)
+    await setting.settled(lambda _: idle(setting), SOON)
 
 
 @pytest.mark.usefixtures("predicts_nothing")
@@ -95,7 +95,7 @@ async def test_a_stream_that_stops_ends_with_an_error_and_the_engine_is_freed(st
     assert b"it said nothing for too long" in body
     assert b"[DONE]" not in body
     await aborted(setting.decode[0])
-    await setting.settled(lambda _: idle(setting), 1)
+    await setting.settled(lambda _: idle(setting), SOON)
 
 
 async def test_a_stream_that_is_slow_but_goes_on_is_left_alone(start: Start):
@@ -115,13 +115,11 @@ async def test_what_waits_for_an_engine_that_went_deaf_is_ended(
     for engine in engines:
         engine.gap = 60.0 if streaming else 0.0
         engine.delay = 0.0 if streaming else 60.0
-    began = time.monotonic()
     running = asyncio.create_task(generate(setting))
     await setting.settled(lambda _: any(engine.calls for engine in engines))
     silent, other = engines if engines[0].calls else engines[::-1]
     silent.deaf, other.delay = True, 0.0
-    body = await asyncio.wait_for(running, 5)
-    assert time.monotonic() - began < 4
+    body = await asyncio.wait_for(running, WITHIN)
     if streaming:
         assert b"it said nothing for too long" in body
     else:
@@ -130,7 +128,8 @@ async def test_what_waits_for_an_engine_that_went_deaf_is_ended(
 
 
 async def test_an_engine_whose_requests_fail_is_left_out_and_comes_back(start: Start):
-    setting = await start(1, 2)
+    # In turns: what engines seem to take is this machine's doing, and would keep requests from one of them.
+    setting = await start(1, 2, scheduling=Scheduling(routing="round_robin", admission="none"))
     bad, _ = setting.decode
     instance = setting.proxy.pool[bad.url]
     now = 100.0
@@ -226,7 +225,7 @@ async def test_a_client_that_takes_nothing_is_cut_off_and_nothing_piles_up(start
         await aborted(setting.decode[0])
     # What the kernel buffers on three loopback sockets: megabytes; what the proxy does: see `relay`.
     assert stream.taken < 32 << 20
-    await setting.settled(lambda _: idle(setting), 1)
+    await setting.settled(lambda _: idle(setting), SOON)
     assert setting.count("requests_total", path=PATH, outcome="slow_client") == 1
 
 

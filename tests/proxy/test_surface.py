@@ -11,7 +11,7 @@ from yarl import URL
 
 from mooncake_connector.scheduler.proxy.endpoints import ANY, DECODE, DECODE_ALONE, DISAGGREGATED, STORED
 from tests.proxy.conftest import Setting, Start
-from tests.proxy.fakes import MODEL, FakeEngine
+from tests.proxy.fakes import MODEL, SOON, FakeEngine
 
 JSON = {"Content-Type": "application/json"}
 # Spacing, key order, numbers and escapes that no JSON library would write again in the same way.
@@ -172,7 +172,7 @@ async def test_a_client_that_leaves_takes_its_request_with_it(start: Start):
     async with setting.http.post("/v1/audio/transcriptions", data=body, headers=JSON) as reply:
         await reply.content.readany()
         (call,) = setting.decode[0].calls
-    await asyncio.wait_for(call.over.wait(), 2)
+    await asyncio.wait_for(call.over.wait(), SOON)
     assert call.aborted
     assert setting.proxy.pool.decode[0].requests == 0
     assert setting.count("requests_total", path="/v1/audio/transcriptions", outcome="cancelled") == 1
