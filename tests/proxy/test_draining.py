@@ -5,8 +5,10 @@ import asyncio
 import pytest
 
 from mooncake_connector.scheduler.engines.pool import PoolError
+from mooncake_connector.scheduler.policy.scheduling import Scheduling
 from tests.proxy.conftest import Setting, Start
 from tests.proxy.fakes import MODEL, WITHIN, FakeEngine, events
+from tests.proxy.test_failures import idle
 
 TEXT = {"model": MODEL, "prompt": "one two three four", "max_tokens": 7}
 STREAM = {**TEXT, "stream": True}
@@ -78,6 +80,43 @@ async def test_an_engine_that_restarts_while_it_is_drained_stays_drained(start: 
     setting.proxy.pool.drain(setting.decode[1].url)
     await generate(setting)
     assert len(engine.calls) == 1
+
+
+@pytest.mark.parametrize("how", ["drained", "down"])
+async def test_an_engine_that_comes_back_has_the_requests_that_it_had(start: Start, how: str):
+    setting = await start(1, 2, scheduling=Scheduling(routing="least_loaded"))
+    busy, other = setting.decode
+    for engine in setting.decode:
+        engine.goes_on.clear()
+    running = [asyncio.create_task(generate(setting)) for _ in setting.decode]
+    for engine in setting.decode:
+        await engine.call()
+    instance = setting.proxy.pool[busy.url]
+    if how == "drained":
+        setting.proxy.pool.drain(busy.url)
+    else:
+        instance.mark_down("a test says so")
+    assert not instance.usable
+    assert answers(setting) == {busy.url: 1, other.url: 1}
+    other.goes_on.set()
+    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    if how == "drained":
+        setting.proxy.pool.undrain(busy.url)
+    # Whoever is marked down is probed again.
+    await setting.settled(lambda _: instance.usable and answers(setting) == {busy.url: 1, other.url: 0})
+    for _ in range(3):
+        await asyncio.wait_for(generate(setting), WITHIN)
+        await setting.settled(lambda _: answers(setting)[other.url] == 0)
+    assert [len(busy.calls), len(other.calls)] == [1, 4]
+    busy.goes_on.set()
+    assert [await task for task in running] == [b"".join(events())] * 2
+    await setting.settled(lambda _: idle(setting))
+
+
+def answers(setting: Setting) -> dict[str, int]:
+    """What decode engines have by the conductor's books."""
+    accounts = setting.proxy.conductor.accounts(0.0)
+    return {account.name: account.answers for account in accounts if account.side == "decode"}
 
 
 async def test_an_added_engine_is_probed_and_serves(start: Start):

@@ -161,6 +161,55 @@ def test_an_engine_that_goes_takes_its_books_with_it() -> None:
     assert world.empty(2.0)
 
 
+def test_a_paused_engine_gets_nothing_and_keeps_its_books() -> None:
+    world = World(2, 2, admission="none", longest=True)
+    both = [world.arrive(id, max_tokens=2000) for id in "ab"]
+    assert {verdict.decode for verdict in both} == {"d0", "d1"}
+    assert {verdict.prefill for verdict in both} == {"p0", "p1"}
+    before = {account.name: account for account in world.conductor.accounts(0.5)}
+    for name in ("p0", "d0", "nobody"):
+        world.conductor.pause(name, 0.5)
+    assert {account.name: account for account in world.conductor.accounts(0.5)} == before
+    for at in range(5):
+        verdict = world.arrive(f"c{at}", 0.5)
+        assert (verdict.prefill, verdict.decode) == ("p1", "d1")
+        world.conductor.ended(f"c{at}", 0.5)
+    for id in "ab":
+        world.conductor.prefilled(id, 1.0)
+        world.conductor.first_token(id, 1.0)
+    world.conductor.ended("a" if both[0].decode == "d1" else "b", 1.5, 10)
+    for name in ("p0", "d0"):
+        world.conductor.resume(name, 1.5)
+    # It still writes the answer that it had when it was paused: it is the other one that is idle.
+    verdict = world.arrive("d", 1.5)
+    assert isinstance(verdict, Placement)
+    assert verdict.decode == "d1"
+    for id in "abd":
+        world.conductor.ended(id, 2.0, 10)
+    assert world.empty(2.0)
+
+
+def test_who_waits_when_the_last_decode_engine_is_paused_is_not_served() -> None:
+    world = World(longest=True)
+    full(world)
+    assert isinstance(world.arrive("a", tokens=1500, slo=Slo(ttft=20.0)), Waiting)
+    world.conductor.pause("d0", 1.0)
+    assert world.conductor.wake(1.0) == [("a", Unserved())]
+
+
+def test_the_room_of_a_paused_engine_is_nobodys() -> None:
+    world = World(1, 2, admission="early", emergency_kv=0.8)
+    full(world)
+    (busy,) = (account.name for account in world.conductor.accounts(0.0) if account.batch)
+    other = "d1" if busy == "d0" else "d0"
+    world.conductor.pause(other, 0.0)
+    verdict = world.arrive("a", slo=Slo(tbt=1.0))
+    assert isinstance(verdict, Rejected)
+    assert verdict.target == "overload"
+    world.conductor.resume(other, 0.0)
+    assert isinstance(world.arrive("a", slo=Slo(tbt=1.0)), Placement)
+
+
 MODES: tuple[Admission, ...] = ("baseline", "early", "predicted", "per_request")
 
 

@@ -200,6 +200,7 @@ class Books(RuleBasedStateMachine):
         self.begun: set[str] = set()
         self.names = ["d0", "d1", "d2"]
         self.gone: set[str] = set()
+        self.paused: set[str] = set()
         self.books = ledger(self.names, kv_tokens=500)
 
     @rule(seconds=st.floats(0.0, 5.0))
@@ -215,7 +216,7 @@ class Books(RuleBasedStateMachine):
     )
     def place(self, which: int, alone: bool, prompt: int, seconds: float, output: int) -> None:
         decode = self.names[which]
-        if decode in self.gone:
+        if decode in self.gone or decode in self.paused:
             return
         id, computes = str(self.count), decode if alone else "p"
         self.count += 1
@@ -253,6 +254,16 @@ class Books(RuleBasedStateMachine):
         self.begun.discard(id)
 
     @rule(which=st.integers(0, 2))
+    def pause_or_resume(self, which: int) -> None:
+        name = self.names[which]
+        if name in self.paused:
+            self.paused.discard(name)
+            self.books.resume(name)
+        elif name not in self.gone:
+            self.paused.add(name)
+            self.books.pause(name)
+
+    @rule(which=st.integers(0, 2))
     def go_or_come(self, which: int) -> None:
         name = self.names[which]
         if name in self.gone:
@@ -260,6 +271,7 @@ class Books(RuleBasedStateMachine):
             self.books.join(Instance(name=name, side="decode", kv_tokens=500), self.now)
         else:
             self.gone.add(name)
+            self.paused.discard(name)
             self.books.leave(name, self.now)
             lost = {id for id, (_, decode, _) in self.open.items() if decode == name}
             for id in lost:
@@ -276,7 +288,12 @@ class Books(RuleBasedStateMachine):
         assert len(self.books.prompts("p")) == len(queued)
         assert self.books.prompts("p").tokens == sum(self.open[id][2] for id in queued)
         assert len(self.books) == len(self.open)
+        taking = {name for name in self.names if name not in self.gone | self.paused}
+        assert {writer.name for writer in self.books.writers()} == taking
+        assert {view.name for view in self.books.decode_at(self.now, self.now)} == taking
+        assert {computer.name for computer in self.books.computers()} == taking | {"p"}
         found = self.books.all_at(self.now + 1.0, self.now)
+        assert len(found.batch) == len(found.context) == len(taking)
         assert np.all(found.batch >= 0)
         assert np.all(found.context >= 0)
         for view in self.books.decode_at(self.now + 1.0, self.now):

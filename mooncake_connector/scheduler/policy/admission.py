@@ -201,7 +201,7 @@ class Gate:
     def _computing(self, route: Route) -> int:
         """How many engines compute prompts such as this one."""
         side = self._ledger.instances[route.computes].side
-        return sum(other.side == side for other in self._ledger.instances.values())
+        return sum(other.side == side for other in self._ledger.computers())
 
     def _startable(self, route: Route) -> bool:
         """Whether the engine that is to compute the prompt has nothing to do."""

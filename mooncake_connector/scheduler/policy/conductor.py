@@ -20,6 +20,7 @@ from mooncake_connector.scheduler.policy.base import (
 from mooncake_connector.scheduler.policy.decode_table import Answer
 from mooncake_connector.scheduler.policy.estimators import Estimators
 from mooncake_connector.scheduler.policy.fairness import Line, Usage, Waiter
+from mooncake_connector.scheduler.policy.flight import Flight
 from mooncake_connector.scheduler.policy.ledger import Account, Booking, Ledger
 from mooncake_connector.scheduler.policy.margin import Margins
 from mooncake_connector.scheduler.policy.routing import Route, Router
@@ -46,33 +47,6 @@ class Prefixes(Protocol):
 
     def match(self, keys: Sequence[int]) -> Mapping[str, int]:
         """Blocks of the prefix that each instance holds, of those that hold any."""
-
-
-class Flight(msgspec.Struct):
-    """A placed request.
-
-    Attributes:
-        margins: with which it was let in.
-        came: when it arrived.
-        began: when it was placed.
-        prefilled: when its prompt was computed; 0 before.
-        first: when its first token came; 0 before, and for an answer in one piece.
-        since: when `areas` were noted: at its first token, or when its prompt was computed.
-        areas: batch and context of decode, summed over time.
-        underway: its prompt is not computed yet.
-    """
-
-    arrival: Arrival
-    route: Route
-    answer: Answer
-    margins: Margins
-    came: float
-    began: float
-    prefilled: float = 0.0
-    first: float = 0.0
-    since: float = 0.0
-    areas: tuple[float, float] = (0.0, 0.0)
-    underway: bool = True
 
 
 class Conductor:
@@ -113,6 +87,16 @@ class Conductor:
         """An engine went. Its requests stay open until `ended` is said of each."""
         self._ledger.leave(name, now)
         self._underway.leave(name)
+        self._look = now
+
+    def pause(self, name: str, now: float) -> None:
+        """An engine is to get nothing more; what it has stays in the books, be it for `resume`."""
+        self._ledger.pause(name)
+        self._look = now
+
+    def resume(self, name: str, now: float) -> None:
+        """It may get requests again, beside those that it has."""
+        self._ledger.resume(name)
         self._look = now
 
     def arrive(self, arrival: Arrival, now: float) -> Verdict:
@@ -354,8 +338,8 @@ class Conductor:
         # An engine computes one token at least: the answer is sampled from it.
         most = max(0, (arrival.tokens - 1) // size * size)
         views = []
-        for name, instance in self._ledger.instances.items():
-            queue = self._ledger.prompts(name)
+        for instance in self._ledger.computers():
+            name, queue = instance.name, self._ledger.prompts(instance.name)
             held = matched.get(name, 0)
             view = PrefillView(
                 name,

@@ -82,6 +82,7 @@ class Ledger:
 
     def __init__(self, pace: Callable[[str, int, int], float]) -> None:
         self.instances: dict[str, Instance] = {}
+        self._paused: set[str] = set()
         self._queues: dict[str, PrefillQueue] = {}
         self._answers = DecodeTable(pace)
         self._bookings: dict[str, Booking] = {}
@@ -106,9 +107,19 @@ class Ledger:
         instance = self.instances.pop(name, None)
         if instance is None:
             return
+        self._paused.discard(name)
         del self._queues[name]
         if instance.side != "prefill":
             self._answers.leave(name, now)
+
+    def pause(self, name: str) -> None:
+        """An engine gets nothing more; what it has stays in the books."""
+        if name in self.instances:
+            self._paused.add(name)
+
+    def resume(self, name: str) -> None:
+        """It gets requests again."""
+        self._paused.discard(name)
 
     def open(self, id: str, booking: Booking, now: float) -> None:
         """A request got its engines."""
@@ -150,12 +161,14 @@ class Ledger:
         return self._answers.slot(name)
 
     def decode_at(self, moment: float, now: float) -> list[DecodeView]:
-        """Every engine that decodes, as predicted for `moment`: now or later."""
+        """Every one of `writers`, as predicted for `moment`: now or later."""
         found = self._answers.at(max(moment, now), now)
         views = []
         for name, batch, context in zip(
             self._answers.names, found.batch.tolist(), found.context.tolist(), strict=True
         ):
+            if name in self._paused:
+                continue
             slot, instance = self._answers.slot(name), self.instances[name]
             room = int(slot.capacity - context) if slot.capacity else UNKNOWN_ROOM
             views.append(
@@ -164,20 +177,24 @@ class Ledger:
         return views
 
     def all_at(self, moment: float, now: float) -> Occupancy:
-        """Every decode engine at `moment`, in the order of `writers`."""
-        return self._answers.at(moment, now)
+        """Every one of `writers` at `moment`, in their order."""
+        return self._taking(self._answers.at(moment, now))
 
     def decode_over(self, name: str, moments: Floats, now: float) -> Occupancy:
         """One engine at several moments, none before now."""
         return self._answers.over(name, moments, now)
 
     def lasting(self, moment: float, seconds: float, now: float) -> Occupancy:
-        """Every decode engine at `moment` if each answer took `seconds`, in the order of `writers`."""
-        return self._answers.lasting(moment, seconds, now)
+        """Every one of `writers` at `moment` if each answer took `seconds`, in their order."""
+        return self._taking(self._answers.lasting(moment, seconds, now))
 
     def writers(self) -> Sequence[Instance]:
-        """Engines that decode."""
-        return [self.instances[name] for name in self._answers.names]
+        """Engines that decode and may get requests."""
+        return [self.instances[name] for name in self._answers.names if name not in self._paused]
+
+    def computers(self) -> Sequence[Instance]:
+        """Engines that may get prompts: all but those that are paused."""
+        return [instance for name, instance in self.instances.items() if name not in self._paused]
 
     def strictest(self, name: str) -> float:
         """The least seconds per token promised to one of its requests; infinite if it has none."""
@@ -206,6 +223,12 @@ class Ledger:
                     tbt=slot.pace if slot.batch else 0.0,
                 )
             yield account
+
+    def _taking(self, found: Occupancy) -> Occupancy:
+        if not self._paused:
+            return found
+        at = [number for number, name in enumerate(self._answers.names) if name not in self._paused]
+        return msgspec.structs.replace(found, batch=found.batch[at], context=found.context[at])
 
     def _dequeue(self, name: str, id: str, now: float) -> bool:
         queue = self._queues.get(name)

@@ -54,6 +54,7 @@ class Steering:
         self._clock = asyncio.get_running_loop().time
         self._numbers = itertools.count()
         self._waiting: dict[str, asyncio.Future[Verdict]] = {}
+        self._identities: dict[str, tuple[str, str | int]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def configure(self, settings: Scheduling, fixed_slo: Collection[str]) -> None:
@@ -107,19 +108,30 @@ class Steering:
         return Journey(id, verdict, arrival.avoid, patience, self._conductor, self._clock, self._rearm)
 
     def follow(self, instance: Instance) -> None:
-        """An engine came, went, came anew, or is drained: it is out of the books then, whatever it does."""
+        """An engine came, went, came anew, is drained or not any more, or was removed.
+
+        What it has stays in the books as long as it is the same process, whether or not it gets more.
+        """
         now = self._clock()
-        self._conductor.leave(instance.url, now)
-        info = instance.info
-        if instance.usable and info:
+        info, name = instance.info, instance.url
+        anew = info is not None and self._identities.get(name, info.identity) != info.identity
+        if instance.removed or anew:
+            self._conductor.leave(name, now)
+            self._identities.pop(name, None)
+        if instance.up and info and name not in self._identities:
+            self._identities[name] = info.identity
             found = base.Instance(
-                name=instance.url,
+                name=name,
                 side=instance.side,
                 group=info.group,
                 kv_tokens=info.kv_tokens,
                 receives=info.role != "kv_producer",
             )
             self._conductor.join(found, now)
+        if instance.usable:
+            self._conductor.resume(name, now)
+        else:
+            self._conductor.pause(name, now)
         self._holdings.follow(instance)
         self._rearm()
 
