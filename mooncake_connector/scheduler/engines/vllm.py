@@ -165,9 +165,9 @@ class VllmEngine:
 
     def decode_body(self, request: ClientRequest, params: dict[str, Any]) -> bytes:
         # Spliced in, so that every other byte is the client's; of two equal keys JSON's last one counts.
-        head = request.raw.rstrip()[:-1]
+        head = memoryview(request.raw.rstrip())[:-1]
         comma = b"," if request.fields else b""
-        return head + comma + b'"kv_transfer_params":' + msgspec.json.encode(params) + b"}"
+        return b"".join((head, comma, b'"kv_transfer_params":', msgspec.json.encode(params), b"}"))
 
     def prefill_params(self, answer: bytes) -> dict[str, Any] | None:
         try:

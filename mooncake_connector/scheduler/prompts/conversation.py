@@ -3,14 +3,10 @@
 from collections.abc import Container
 from typing import Any
 
-import msgspec
 import xxhash
 
 from mooncake_connector.scheduler.policy.block_keys import salt_of
-from mooncake_connector.scheduler.proxy.openai import CHAT, ClientRequest
-
-_messages = msgspec.json.Decoder(list[msgspec.Raw])
-_message = msgspec.json.Decoder(dict[str, msgspec.Raw])
+from mooncake_connector.scheduler.proxy.openai import ClientRequest, Message
 
 
 def conversation_key(request: ClientRequest) -> str:
@@ -22,18 +18,14 @@ def conversation_key(request: ClientRequest) -> str:
     session = request.get("session_id")
     if isinstance(session, str) and session:
         return _hash(b"session", session.encode(errors="surrogatepass"))
-    if request.path != CHAT or "messages" not in request.fields:
-        return ""
     start: list[bytes] = []
-    try:
-        for raw in _messages.decode(request.fields["messages"]):
-            message = _message.decode(raw)
-            role = bytes(message.get("role", b""))
-            start += (role, bytes(message.get("content", b"")))
-            if role == b'"user"':
-                break
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return ""
+    for message in request.messages:
+        if not isinstance(message, Message):
+            return ""
+        role = bytes(message.role)
+        start += (role, bytes(message.content))
+        if role == b'"user"':
+            break
     return _hash(b"chat", *start) if start else ""
 
 

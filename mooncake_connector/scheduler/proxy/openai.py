@@ -1,5 +1,6 @@
 """A client's request as the proxy needs it, and errors in OpenAI's form. Nothing here does I/O."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -18,8 +19,10 @@ UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 TRANSFER = "kv_transfer_params"
 XARGS = "vllm_xargs"
 _NULL = msgspec.Raw(b"null")
+_ABSENT = msgspec.Raw(b"")
 
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_string = msgspec.json.Decoder(str)
 
 
 class BadRequest(MooncakeError):
@@ -30,6 +33,19 @@ class BadRequest(MooncakeError):
         self.param = param
 
 
+class Message(msgspec.Struct, frozen=True):
+    """One of a chat's messages, or a part of one; its fields are still encoded, empty if absent."""
+
+    role: msgspec.Raw = _ABSENT
+    content: msgspec.Raw = _ABSENT
+    text: msgspec.Raw = _ABSENT
+
+
+# What a list may hold where messages should be.
+Item = Message | str | float | bool | list[msgspec.Raw] | None
+_items = msgspec.json.Decoder(list[Item])
+
+
 class ClientRequest(msgspec.Struct, frozen=True):
     """One request for a generated answer.
 
@@ -38,14 +54,14 @@ class ClientRequest(msgspec.Struct, frozen=True):
         raw: the body exactly as the client sent it, a JSON object.
         fields: its top-level fields, each still encoded.
         stream: whether the client asked for server-sent events.
-        prompt_tokens: estimate; exact only for prompts given as token ids.
+        messages: a chat's; what is none there is left as it is.
     """
 
     path: str
     raw: bytes
     fields: dict[str, msgspec.Raw]
-    stream: bool
-    prompt_tokens: int
+    stream: bool = False
+    messages: Sequence[Item] = ()
 
     @classmethod
     def parse(cls, path: str, raw: bytes) -> "ClientRequest":
@@ -55,8 +71,21 @@ class ClientRequest(msgspec.Struct, frozen=True):
             BadRequest: not a JSON object, or it sets ``kv_transfer_params``.
         """
         fields = read_fields(raw)
-        request = cls(path, raw, fields, False, 0)
-        return cls(path, raw, fields, request.get("stream") is True, _tokens(path, fields))
+        stream = bytes(fields.get("stream", _NULL)) == b"true"
+        return cls(
+            path, raw, fields, stream, _read_items(fields.get("messages", _NULL)) if path == CHAT else ()
+        )
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Estimate; exact only for prompts given as token ids."""
+        if self.path == COMPLETIONS:
+            return _prompt_tokens(self.fields.get("prompt", _NULL))
+        if self.path == CHAT:
+            return _chat_tokens(self.messages)
+        # The instructions stand beside what is said.
+        said, told = ("input", "instructions") if self.path == RESPONSES else ("messages", "system")
+        return sum(_either_tokens(self.fields[name]) for name in (said, told) if name in self.fields) or 1
 
     def get(self, name: str) -> Any:
         """The decoded value of a field, None if absent (or beyond what JSON allows)."""
@@ -122,48 +151,57 @@ def broken_event(path: str, message: str) -> bytes:
     return b"data: " + error_body(message, "BadGatewayError", 502) + b"\n\n"
 
 
-def _tokens(path: str, fields: dict[str, msgspec.Raw]) -> int:
-    if path == COMPLETIONS:
-        return _prompt_tokens(fields.get("prompt", _NULL))
-    if path == CHAT:
-        return _chat_tokens(fields.get("messages", _NULL))
-    # The instructions stand beside what is said.
-    said, told = ("input", "instructions") if path == RESPONSES else ("messages", "system")
-    return sum(_either_tokens(fields[name]) for name in (said, told) if name in fields) or 1
+def _read_items(messages: msgspec.Raw) -> list[Item]:
+    """None if it is no list, or breaks JSON."""
+    try:
+        return _items.decode(messages)
+    except UNREADABLE:
+        return []
 
 
 def _either_tokens(said: msgspec.Raw) -> int:
     """Of a text, or of messages or the parts of one."""
-    return _prompt_tokens(said) if bytes(said).startswith(b'"') else _chat_tokens(said)
+    return _prompt_tokens(said) if _begins(said, b'"') else _chat_tokens(_read_items(said))
 
 
 def _prompt_tokens(prompt: msgspec.Raw) -> int:
-    text = bytes(prompt)
     # Token ids are counted by their commas: a million-token prompt needs no million Python integers.
-    if text.startswith(b"[") and text[1:].lstrip(b" \t\r\n[")[:1].isdigit():
-        return text.count(b",") + 1
-    return max(1, len(text) // CHARS_PER_TOKEN)
+    if _begins(prompt, b"["):
+        text = bytes(prompt)
+        if text[1:].lstrip(b" \t\r\n[")[:1].isdigit():
+            return text.count(b",") + 1
+    return max(1, len(memoryview(prompt)) // CHARS_PER_TOKEN)
 
 
-def _chat_tokens(messages: msgspec.Raw) -> int:
-    try:
-        found: Any = msgspec.json.decode(messages)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return 1
-    return max(1, _text_length(found) // CHARS_PER_TOKEN)
-
-
-def _text_length(messages: Any) -> int:
+def _chat_tokens(messages: Sequence[Item]) -> int:
     # Only text counts: an image sent inline as base64 would look like a prompt of a million tokens.
-    total = 0
-    for message in messages if isinstance(messages, list) else []:
+    try:
         # A part of a message stands where a message would: Anthropic's `system`.
-        part = message.get("text") if isinstance(message, dict) else None
-        total += len(part) if isinstance(part, str) else 0
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, str):
-            total += len(content)
-        for part in content if isinstance(content, list) else []:
-            text = part.get("text") if isinstance(part, dict) else None
-            total += len(text) if isinstance(text, str) else 0
-    return total
+        total = sum(
+            _length(item.text) + _length(item.content) + _length_of_parts(item.content)
+            for item in messages
+            if isinstance(item, Message)
+        )
+    except UNREADABLE:
+        return 1
+    return max(1, total // CHARS_PER_TOKEN)
+
+
+def _length_of_parts(content: msgspec.Raw) -> int:
+    if not _begins(content, b"["):
+        return 0
+    return sum(_length(part.text) for part in _items.decode(content) if isinstance(part, Message))
+
+
+def _length(text: msgspec.Raw) -> int:
+    """Characters of a string; of anything else none."""
+    if not _begins(text, b'"'):
+        return 0
+    encoded = bytes(text)
+    if encoded.isascii() and b"\\" not in encoded:
+        return len(encoded) - 2
+    return len(_string.decode(encoded))
+
+
+def _begins(value: msgspec.Raw, mark: bytes) -> bool:
+    return memoryview(value)[:1] == mark
