@@ -2,12 +2,13 @@
 
 import asyncio
 import itertools
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterable
 
 import msgspec
 
 from mooncake_connector.scheduler.engines.holdings import Holdings
-from mooncake_connector.scheduler.engines.pool import Instance, Pool
+from mooncake_connector.scheduler.engines.pool import Instance, Pool, Side
 from mooncake_connector.scheduler.policy import base
 from mooncake_connector.scheduler.policy.base import Arrival, Placement, Rejected, Slo, Verdict, Waiting
 from mooncake_connector.scheduler.policy.conductor import Conductor
@@ -56,6 +57,8 @@ class Steering:
         self._waiting: dict[str, asyncio.Future[Verdict]] = {}
         self._identities: dict[str, tuple[str, str | int]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._due: float | None = None
+        self._usable: dict[Side, list[str]] = {"prefill": [], "decode": []}
 
     def configure(self, settings: Scheduling, fixed_slo: Collection[str]) -> None:
         """Promise, choose and admit by these settings from now on."""
@@ -69,12 +72,15 @@ class Steering:
         slo = self._settings.slo_of(model, service_class)
         if slo is not self._settings.slo or len(self._fixed_slo) == 2:
             return slo
-        idle = self._idle(tokens)
-        ttft = 0.0 if "ttft" in self._fixed_slo else TTFT_FACTOR * idle[0]
-        tbt = 0.0 if "tbt" in self._fixed_slo else TBT_FACTOR * idle[1]
-        if ttft <= slo.ttft_of(tokens) and tbt <= slo.tbt:
-            return slo
-        return Slo(ttft=max(ttft, slo.ttft_of(tokens)), tbt=max(tbt, slo.tbt))
+        prefill, step = self._estimators.prefill.seconds, self._estimators.step.seconds
+        ttft = least = slo.ttft_of(tokens)
+        tbt = slo.tbt
+        if "ttft" not in self._fixed_slo:
+            engines = self._usable["prefill"] or self._usable["decode"]
+            ttft = _or_shortest(least, (TTFT_FACTOR * prefill(name, tokens, 0) for name in engines))
+        if "tbt" not in self._fixed_slo:
+            tbt = _or_shortest(tbt, (TBT_FACTOR * step(name, 1, tokens) for name in self._usable["decode"]))
+        return slo if ttft == least and tbt == slo.tbt else Slo(ttft=ttft, tbt=tbt)
 
     async def place(
         self, arrival: Arrival, alone: str, avoid: Collection[str], *, again: bool = False
@@ -133,6 +139,7 @@ class Steering:
         else:
             self._conductor.pause(name, now)
         self._holdings.follow(instance)
+        self._usable = {side: [each.url for each in self._pool.live(side)] for side in self._usable}
         self._rearm()
 
     def copied(self, source: str, target: str, tokens: int, seconds: float) -> None:
@@ -161,6 +168,9 @@ class Steering:
 
     def _rearm(self) -> None:
         due = self._conductor.due()
+        if due == self._due:
+            return
+        self._due = due
         if self._timer:
             self._timer.cancel()
             self._timer = None
@@ -168,6 +178,7 @@ class Steering:
             self._timer = asyncio.get_running_loop().call_at(due, self._wake)
 
     def _wake(self) -> None:
+        self._timer = self._due = None
         for id, verdict in self._conductor.wake(self._clock()):
             future = self._waiting.pop(id, None)
             if future and not future.done():
@@ -175,16 +186,6 @@ class Steering:
             else:
                 self._conductor.ended(id, self._clock())
         self._rearm()
-
-    def _idle(self, tokens: int) -> tuple[float, float]:
-        """Seconds to the first token, and to one more, of the best idle engines."""
-        prefill, step = self._estimators.prefill.seconds, self._estimators.step.seconds
-        decode = [instance.url for instance in self._pool.live("decode")]
-        first = [instance.url for instance in self._pool.live("prefill")] or decode
-        return (
-            min((prefill(name, tokens, 0) for name in first), default=0.0),
-            min((step(name, 1, tokens) for name in decode), default=0.0),
-        )
 
     def _patience(self, arrival: Arrival, placement: Placement) -> float:
         """Seconds that a copy saves: to wait longer for it would be worse than to compute."""
@@ -198,3 +199,13 @@ class Steering:
     def _nobody(self) -> str:
         states = "; ".join(f"{d.url}: {d.reason}" for d in self._pool.decode)
         return f"no decode engine is usable ({states})"
+
+
+def _or_shortest(least: float, times: Iterable[float]) -> float:
+    """`least`, unless all of `times` are longer: then the shortest. It looks no further than it must."""
+    shortest = math.inf
+    for seconds in times:
+        if seconds <= least:
+            return least
+        shortest = min(shortest, seconds)
+    return least if shortest == math.inf else shortest
