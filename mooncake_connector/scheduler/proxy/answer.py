@@ -9,6 +9,7 @@ import msgspec
 from mooncake_connector.errors import MooncakeError
 from mooncake_connector.scheduler.engines.base import told
 from mooncake_connector.scheduler.engines.pool import Lease
+from mooncake_connector.scheduler.engines.response import Broken, Response, Sink, Unreachable
 from mooncake_connector.scheduler.policy.base import Rejected
 from mooncake_connector.scheduler.proxy.deadlines import Stall
 from mooncake_connector.scheduler.proxy.first_token import Early, Mismatch, Splice
@@ -17,8 +18,8 @@ from mooncake_connector.scheduler.proxy.progress import StreamCount, read_whole
 from mooncake_connector.scheduler.proxy.rejection import explain
 from mooncake_connector.scheduler.proxy.timeline import Timeline
 
-BROKEN = (aiohttp.ClientError, OSError, TimeoutError)
-UNREACHABLE = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+BROKEN = (Broken, aiohttp.ClientError, OSError, TimeoutError)
+UNREACHABLE = (Unreachable, aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -79,7 +80,7 @@ class Answer:
     def __init__(
         self,
         journey: Journey,
-        reply: aiohttp.ClientResponse,
+        reply: Response,
         first: bytes,
         streamed: bool,
         lease: Lease,
@@ -105,8 +106,47 @@ class Answer:
         self._stall = Stall(silence, reply.close)
         self._timeline = timeline
         self._reading = reading
+        self._begun = False
         self._second: Answer | None = None
         self._count = StreamCount()
+
+    async def pour(self, sink: Sink) -> bool:
+        """Have `sink` take `first` and what follows it, as it comes: every token passes here.
+
+        Only where decode's stream is the client's as it is, without prefill's token: else `chunks`.
+
+        Returns:
+            Whether that was all of it; if not, `sink` takes no more for now.
+
+        Raises:
+            StreamBroken: the engine went away.
+        """
+        stall, feed, progressed = self._stall, self._count.feed, self.journey.progressed
+        count = self._count
+
+        def take(chunk: bytes) -> bool:
+            stall.turns += 1
+            feed(chunk)
+            more = sink(chunk)
+            progressed(count.tokens)
+            return more
+
+        if not self._begun:
+            self._begin()
+            more = take(self.first)
+            self.journey.first_token()  # after it, for the client waits
+            if not more:
+                return False
+        stall.waiting = True
+        try:
+            ended = await self._reply.pour(take)
+        except Broken as error:
+            raise self._broken(error) from None
+        finally:
+            stall.waiting = False
+        if ended:
+            self._timeline.mark("decode_end")
+        return ended
 
     def chunks(self) -> AsyncIterator[bytes]:
         """`first` and what follows it, as it comes.
@@ -143,9 +183,8 @@ class Answer:
 
     async def _read(self, known: bytes = b"") -> AsyncIterator[bytes]:
         """What is `known` already, if anything, and what comes."""
-        stall, content = self._stall, self._reply.content
-        stall.start()
-        self._lease.give_up = stall.give_up
+        stall = self._stall
+        self._begin()
         try:
             if known:
                 yield known
@@ -159,18 +198,25 @@ class Answer:
                 stall.waiting = False
                 yield first
                 stall.waiting = True
-            # Every token passes here: no generator within a generator.
-            while chunk := await content.readany():
+            while chunk := await self._reply.readany():
                 self._counted(chunk)
                 stall.waiting = False
                 stall.turns += 1
                 yield chunk
                 stall.waiting = True
             self._timeline.mark("decode_end")
-        except BROKEN as error:
-            said = "it said nothing for too long" if stall.over else told(error)
-            self._lease.failed(said)
-            raise StreamBroken(f"decode {self.choice.decode} broke off: {said}") from None
+        except Broken as error:
+            raise self._broken(error) from None
+
+    def _begin(self) -> None:
+        self._begun = True
+        self._stall.start()
+        self._lease.give_up = self._stall.give_up
+
+    def _broken(self, error: Broken) -> StreamBroken:
+        said = "it said nothing for too long" if self._stall.over else told(error)
+        self._lease.failed(said)
+        return StreamBroken(f"decode {self.choice.decode} broke off: {said}")
 
     def _counted(self, chunk: bytes) -> None:
         self._count.feed(chunk)
@@ -186,8 +232,7 @@ class Answer:
             self._second.close(whole=whole)
         if self._reading:
             self._reading.cancel()
-        if self.streamed and not self._reply.content.at_eof():
-            self._reply.close()
+        self._reply.close()
 
     def _tell(self, whole: bool) -> None:
         if self.streamed:

@@ -16,11 +16,11 @@ from mooncake_connector.scheduler.engines.pool import Instance, Lease, Pool, Sid
 from mooncake_connector.scheduler.proxy.access import ACCESS
 from mooncake_connector.scheduler.proxy.answer import BROKEN, UNREACHABLE, StreamBroken
 from mooncake_connector.scheduler.proxy.body import read_body
-from mooncake_connector.scheduler.proxy.deadlines import Deadlines, within
+from mooncake_connector.scheduler.proxy.deadlines import Deadlines, Within
 from mooncake_connector.scheduler.proxy.errors import error_answer
 from mooncake_connector.scheduler.proxy.headers import forwarded, returned
 from mooncake_connector.scheduler.proxy.metrics import ProxyMetrics
-from mooncake_connector.scheduler.proxy.relay import SLOW, relay
+from mooncake_connector.scheduler.proxy.relay import SLOW, pouring, relay
 from mooncake_connector.scheduler.proxy.retry_budget import RetryBudget
 from mooncake_connector.scheduler.proxy.sse import EVENTS
 from mooncake_connector.scheduler.proxy.stored import Stored
@@ -170,7 +170,8 @@ class Anywhere:
             return answer, "ok" if reply.status < 400 else "client_error"
         response = web.StreamResponse(headers=headers)
         try:
-            return response, await relay(http, response, self._chunks(instance, lease, first, reply))
+            chunks = self._chunks(instance, lease, first, reply)
+            return response, await relay(http, response, pouring(chunks))
         finally:
             # Aborts the request there, if this is not the answer's end.
             reply.close()
@@ -183,7 +184,7 @@ class Anywhere:
         opened = False
         try:
             url = URL(instance.url + call.path, encoded=True)
-            async with within(self._deadlines.first_byte, lease):
+            async with Within(self._deadlines.first_byte, lease):
                 reply = await self._session.request(
                     call.method, url, data=call.body or None, headers=call.headers, allow_redirects=False
                 )
@@ -212,7 +213,7 @@ class Anywhere:
         yield first
         try:
             while True:
-                async with within(self._deadlines.chunk, lease):
+                async with Within(self._deadlines.chunk, lease):
                     chunk = await reply.content.readany()
                 if not chunk:
                     return

@@ -11,6 +11,7 @@ from aiohttp import hdrs, web
 
 from mooncake_connector.errors import ConfigError
 from mooncake_connector.scheduler.engines.base import Engine
+from mooncake_connector.scheduler.engines.client import EngineClient
 from mooncake_connector.scheduler.engines.connections import connector
 from mooncake_connector.scheduler.engines.holdings import Holdings
 from mooncake_connector.scheduler.engines.pool import Instance, Pool
@@ -124,12 +125,13 @@ class Proxy:
             auto_decompress=False,
             skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT_ENCODING),
         ) as self._session:
+            client = EngineClient(settings.connect_timeout)
             steering = self.steering = self._steer()
             self._dispatcher = Dispatcher(
                 self.pool,
                 steering,
                 self._engine,
-                self._session,
+                client,
                 self.metrics,
                 # Who is rejected once the prompt is computed must not be with decode by then.
                 order="serial" if settings.scheduling.admission == "baseline" else settings.order,
@@ -147,6 +149,7 @@ class Proxy:
                 down_seconds=settings.down_timeout,
             )
             async with AsyncExitStack() as stack:
+                stack.callback(client.close)
                 stack.callback(self._tokens.close)
                 stack.push_async_callback(self._holdings.close)
                 stack.callback(steering.close)

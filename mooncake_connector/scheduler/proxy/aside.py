@@ -1,13 +1,12 @@
 """Requests that only an engine's connector answers: to let go of a transfer, or to tell of it."""
 
 import asyncio
-import contextlib
 from collections.abc import Mapping
+from contextlib import closing, suppress
 from typing import Any
 
-import aiohttp
-
 from mooncake_connector.scheduler.engines.base import Engine
+from mooncake_connector.scheduler.engines.client import EngineClient
 from mooncake_connector.scheduler.proxy.answer import BROKEN
 from mooncake_connector.scheduler.proxy.openai import COMPLETIONS, ClientRequest
 
@@ -17,9 +16,9 @@ LINGER = 5.0
 class Aside:
     """What is said to connectors beside a client's request, with that client's headers."""
 
-    def __init__(self, engine: Engine, session: aiohttp.ClientSession) -> None:
+    def __init__(self, engine: Engine, client: EngineClient) -> None:
         self._engine = engine
-        self._session = session
+        self._client = client
 
     async def release(
         self, url: str, request: ClientRequest, headers: Mapping[str, str], transfer_id: str
@@ -41,10 +40,8 @@ class Aside:
 
     async def _post(self, url: str, body: bytes, headers: Mapping[str, str], within: float) -> bytes:
         own = {k: v for k, v in headers.items() if k.lower() != "x-request-id"}
-        with contextlib.suppress(*BROKEN):
+        with suppress(*BROKEN):
             async with asyncio.timeout(within):
-                async with self._session.post(
-                    url + COMPLETIONS, data=body, headers=own, allow_redirects=False
-                ) as reply:
+                with closing(await self._client.post(url, COMPLETIONS, body, own)) as reply:
                     return await reply.read()
         return b""

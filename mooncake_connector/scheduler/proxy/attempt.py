@@ -4,14 +4,16 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Coroutine
+from contextlib import closing
 from typing import Any
 
-import aiohttp
 import msgspec
 from aiohttp import hdrs
 
 from mooncake_connector.scheduler.engines.base import Engine, told
+from mooncake_connector.scheduler.engines.client import EngineClient
 from mooncake_connector.scheduler.engines.pool import Instance, Lease, Pool
+from mooncake_connector.scheduler.engines.response import Broken, Response
 from mooncake_connector.scheduler.proxy.answer import (
     BROKEN,
     UNREACHABLE,
@@ -24,7 +26,7 @@ from mooncake_connector.scheduler.proxy.answer import (
 from mooncake_connector.scheduler.proxy.arrivals import Asked
 from mooncake_connector.scheduler.proxy.aside import Aside
 from mooncake_connector.scheduler.proxy.copies import Copies
-from mooncake_connector.scheduler.proxy.deadlines import Deadlines, within
+from mooncake_connector.scheduler.proxy.deadlines import Deadlines, Within
 from mooncake_connector.scheduler.proxy.first_token import Early, EarlyReader, eligible
 from mooncake_connector.scheduler.proxy.journey import Journey
 from mooncake_connector.scheduler.proxy.metrics import ProxyMetrics
@@ -48,7 +50,7 @@ class Upstream(msgspec.Struct, frozen=True):
 
     pool: Pool
     engine: Engine
-    session: aiohttp.ClientSession
+    client: EngineClient
     metrics: ProxyMetrics
     aside: Aside
     copies: Copies
@@ -153,22 +155,21 @@ class Attempt:
 
     async def _prefill(self, source: Instance, lease: Lease, body: bytes) -> bytes:
         up, journey, early = self._up, self._journey, self._early
-        url = source.url + self._asked.request.path
+        asked = self._asked
         try:
             if (copy := journey.placement.copy) and copy.source in up.pool:
-                await up.copies.bring(up.pool[copy.source], source, self._asked, copy, journey.patience)
+                await up.copies.bring(up.pool[copy.source], source, asked, copy, journey.patience)
             else:
-                await up.copies.join(source, self._asked, journey.patience)
+                await up.copies.join(source, asked, journey.patience)
             started = time.perf_counter()
             self._timeline.mark("prefill_sent")
-            async with (
-                within(up.deadlines.of_prefill(journey.placement), lease),
-                up.session.post(url, data=body, headers=self._asked.headers, allow_redirects=False) as reply,
-            ):
-                _check(reply)
-                if early and reply.content_type == EVENTS:
-                    await self._read_early(source, lease, reply, early)
-                answer = await reply.read()
+            async with Within(up.deadlines.of_prefill(journey.placement), lease):
+                reply = await up.client.post(source.url, asked.request.path, body, asked.headers)
+                with closing(reply):
+                    _check(reply)
+                    if early and reply.content_type == EVENTS:
+                        await self._read_early(source, lease, reply, early)
+                    answer = await reply.read()
         except BROKEN as error:
             lease.failed(told(error), gone=isinstance(error, UNREACHABLE))
             raise PrefillFailed(f"prefill {source.url} failed: {told(error)}") from None
@@ -193,11 +194,11 @@ class Attempt:
         self,
         source: Instance,
         lease: Lease,
-        reply: aiohttp.ClientResponse,
+        reply: Response,
         early: asyncio.Future[Early | None],
     ) -> None:
         events, reader = Events(), EarlyReader()
-        async for chunk in reply.content.iter_any():
+        while chunk := await reply.readany():
             for event in events.feed(chunk):
                 if failed := self._up.engine.stream_failure(event):
                     if failed[0] >= 500:
@@ -210,19 +211,18 @@ class Attempt:
 
     async def _open(self, body: bytes) -> Answer:
         decode, lease, early, timeline = self._decode, self._lease, self._early, self._timeline
-        reply: aiohttp.ClientResponse | None = None
+        reply: Response | None = None
         reading: asyncio.Task[bytes] | None = None
         opened = False
         try:
-            async with within(self._patience(), lease):
-                url = decode.url + self._asked.request.path
-                headers = self._asked.headers
-                reply = await self._up.session.post(url, data=body, headers=headers, allow_redirects=False)
+            async with Within(self._patience(), lease):
+                path, headers = self._asked.request.path, self._asked.headers
+                reply = await self._up.client.post(decode.url, path, body, headers)
                 _check(reply)
                 timeline.mark("decode_headers")
                 streamed = reply.status == 200 and reply.content_type == EVENTS
                 if streamed and early:
-                    reading = asyncio.create_task(reply.content.readany())
+                    reading = asyncio.create_task(reply.readany())
                     both: set[asyncio.Future[Any]] = {reading, early}
                     await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
                     if not reading.done() and (known := early.result()):
@@ -251,17 +251,17 @@ class Attempt:
             if reading and not opened:
                 reading.cancel()
 
-    async def _begun(self, reply: aiohttp.ClientResponse) -> bytes:
+    async def _begun(self, reply: Response) -> bytes:
         """A stream's bytes up to the first that tell of the answer itself; none if it ends before."""
-        first = await reply.content.readany()
+        first = await reply.readany()
         while self._up.engine.preamble(first):
-            more = await reply.content.readany()
+            more = await reply.readany()
             first = first + more if more else b""
         return first
 
     def _answer(
         self,
-        reply: aiohttp.ClientResponse,
+        reply: Response,
         first: bytes,
         streamed: bool,
         reading: asyncio.Task[bytes] | None = None,
@@ -305,14 +305,14 @@ async def cancelled(task: asyncio.Task[Any]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _check(reply: aiohttp.ClientResponse) -> None:
+def _check(reply: Response) -> None:
     """A redirect, an upgrade or the like: no engine does that. Its body is not waited for.
 
     Raises:
-        ClientPayloadError: so it is.
+        Broken: so it is.
     """
     if reply.status != 200 and not 400 <= reply.status < 600:
-        raise aiohttp.ClientPayloadError(f"answered {reply.status}, which is no answer")
+        raise Broken(f"answered {reply.status}, which is no answer")
 
 
 def _both(prefill: Instance, decode: Instance) -> bool:

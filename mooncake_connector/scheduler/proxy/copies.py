@@ -8,11 +8,12 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import closing
 
-import aiohttp
 import msgspec
 
 from mooncake_connector.scheduler.engines.base import Engine, told
+from mooncake_connector.scheduler.engines.client import EngineClient
 from mooncake_connector.scheduler.engines.pool import Instance
 from mooncake_connector.scheduler.policy.base import Copy
 from mooncake_connector.scheduler.proxy.answer import BROKEN
@@ -37,13 +38,13 @@ class Copies:
     def __init__(
         self,
         engine: Engine,
-        session: aiohttp.ClientSession,
+        client: EngineClient,
         aside: Aside,
         metrics: ProxyMetrics,
         done: Callable[[str, str, int, float], None],
     ) -> None:
         self._engine = engine
-        self._session = session
+        self._client = client
         self._aside = aside
         self._metrics = metrics
         self._done = done
@@ -116,9 +117,7 @@ class Copies:
             self._done(source.url, target.url, copy.missing, clock() - began)
 
     async def _post(self, url: str, body: bytes, headers: Mapping[str, str]) -> None:
-        async with self._session.post(
-            url + COMPLETIONS, data=body, headers=headers, allow_redirects=False
-        ) as reply:
+        with closing(await self._client.post(url, COMPLETIONS, body, headers)) as reply:
             said = await reply.read()
             if reply.status != 200:
                 raise _Refused(f"{url} {answered(reply.status, said)}")

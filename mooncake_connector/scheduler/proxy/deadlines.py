@@ -1,8 +1,8 @@
 """How long engines may be silent before a request is given up there, and tried on others."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from types import TracebackType
 
 import msgspec
 
@@ -49,32 +49,35 @@ class Deadlines(msgspec.Struct, frozen=True):
         return self.first_byte + waits + FACTOR * placement.ttft + writes
 
 
-@asynccontextmanager
-async def within(seconds: float, lease: Lease) -> AsyncIterator[None]:
-    """Grant what is awaited in here so many seconds, less if the engine is given up meanwhile.
+class Within:
+    """A context that grants what is awaited in it so many seconds, less if the engine is given up meanwhile.
 
-    Raises:
-        Silence: they are over.
+    Leaving it raises `Silence` if they are over.
     """
-    said = f"no answer within {seconds:.0f} s"
 
-    def give_up(down: float) -> None:
-        nonlocal said
-        said = f"no answer, and its health checks fail since {down:.0f} s"
-        limit.reschedule(asyncio.get_running_loop().time())
+    __slots__ = ("_lease", "_limit", "_said")
 
-    limit = asyncio.timeout(seconds)
-    try:
-        async with limit:
-            lease.give_up = give_up
-            try:
-                yield
-            finally:
-                lease.give_up = None
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        raise Silence(said) from None
+    def __init__(self, seconds: float, lease: Lease) -> None:
+        self._lease = lease
+        self._limit = asyncio.timeout(seconds)
+        self._said = f"no answer within {seconds:.0f} s"
+
+    async def __aenter__(self) -> None:
+        await self._limit.__aenter__()
+        self._lease.give_up = self._give_up
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lease.give_up = None
+        try:
+            await self._limit.__aexit__(kind, error, trace)
+        except TimeoutError:
+            raise Silence(self._said) from None
+
+    def _give_up(self, down: float) -> None:
+        self._said = f"no answer, and its health checks fail since {down:.0f} s"
+        self._limit.reschedule(asyncio.get_running_loop().time())
 
 
 class Stall:

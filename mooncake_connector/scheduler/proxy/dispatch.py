@@ -6,9 +6,8 @@ from collections.abc import Collection, Coroutine
 from functools import partial
 from typing import Any
 
-import aiohttp
-
 from mooncake_connector.scheduler.engines.base import Engine
+from mooncake_connector.scheduler.engines.client import EngineClient
 from mooncake_connector.scheduler.engines.pool import Lease, Pool
 from mooncake_connector.scheduler.policy.base import Placement
 from mooncake_connector.scheduler.proxy.answer import (
@@ -52,7 +51,7 @@ class Dispatcher:
         pool: Pool,
         steering: Steering,
         engine: Engine,
-        session: aiohttp.ClientSession,
+        client: EngineClient,
         metrics: ProxyMetrics,
         *,
         order: str,
@@ -67,12 +66,12 @@ class Dispatcher:
         self._metrics = metrics
         self._max_retries = max_retries
         self._budget = budget
-        self._aside = Aside(engine, session)
-        self._copies = Copies(engine, session, self._aside, metrics, steering.copied)
+        self._aside = Aside(engine, client)
+        self._copies = Copies(engine, client, self._aside, metrics, steering.copied)
         self._up = Upstream(
             pool,
             engine,
-            session,
+            client,
             metrics,
             self._aside,
             self._copies,

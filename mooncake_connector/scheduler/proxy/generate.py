@@ -19,7 +19,7 @@ from mooncake_connector.scheduler.proxy.headers import forwarded_json, returned
 from mooncake_connector.scheduler.proxy.keys import CALLER
 from mooncake_connector.scheduler.proxy.metrics import ProxyMetrics
 from mooncake_connector.scheduler.proxy.openai import RESPONSES, BadRequest, ClientRequest
-from mooncake_connector.scheduler.proxy.relay import SLOW, relay
+from mooncake_connector.scheduler.proxy.relay import SLOW, Pour, pouring, relay
 from mooncake_connector.scheduler.proxy.stored import Stored
 from mooncake_connector.scheduler.proxy.timeline import HEADER, Timeline, into_answer, with_timeline
 
@@ -127,6 +127,9 @@ async def _answered(
         whole = web.Response(status=answer.status, body=body, headers=headers)
         return whole, "ok" if answer.status < 400 else "client_error"
     response = web.StreamResponse(status=answer.status, headers=headers)
-    chunks = answer.chunks()
-    told = with_timeline(chunks, tell) if timeline.asked else chunks
-    return response, await relay(http, response, told, timeline)
+    pour: Pour = answer.pour
+    if timeline.asked:
+        pour = pouring(with_timeline(answer.chunks(), tell))
+    elif answer.early:
+        pour = pouring(answer.chunks())
+    return response, await relay(http, response, pour, timeline)

@@ -6,10 +6,12 @@ import fcntl
 import logging
 import struct
 import termios
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from aiohttp import web
+from aiohttp.http import StreamWriter
 
+from mooncake_connector.scheduler.engines.response import Sink
 from mooncake_connector.scheduler.proxy.answer import StreamBroken
 from mooncake_connector.scheduler.proxy.deadlines import Stall
 from mooncake_connector.scheduler.proxy.openai import broken_event
@@ -23,44 +25,66 @@ PATIENCE = web.AppKey("PATIENCE", float)
 SLOW = web.RequestKey("SLOW", bool)
 
 
+# Has a stream's bytes taken as they come; returns whether that was all, or no more are taken for now.
+Pour = Callable[[Sink], Awaitable[bool]]
+
+
+def pouring(chunks: AsyncIterator[bytes]) -> Pour:
+    """Where something is done with a stream on its way."""
+
+    async def pour(sink: Sink) -> bool:
+        async for chunk in chunks:
+            if not sink(chunk):
+                return False
+        return True
+
+    return pour
+
+
 async def relay(
-    http: web.Request,
-    response: web.StreamResponse,
-    chunks: AsyncIterator[bytes],
-    timeline: Timeline | None = None,
+    http: web.Request, response: web.StreamResponse, pour: Pour, timeline: Timeline | None = None
 ) -> str:
-    """Send `chunks` as they come, no faster than the client takes them; returns the outcome.
+    """Send what `pour` gives as it comes, no faster than the client takes it; returns the outcome.
 
     A client that takes nothing for `PATIENCE` is cut off, and the handler cancelled as for one that leaves.
     Until then no more is kept for it than fits into the buffers of both connections, less than 1 MiB.
 
-    The outcome is ``stream_broken`` if they break off (`StreamBroken`), of which an error event tells;
+    The outcome is ``stream_broken`` if the stream breaks off (`StreamBroken`), of which an error event tells;
     ``cancelled`` if the client is gone; else ``ok``.
     """
     outcome = "ok"
-    transport = http.transport
+    transport, protocol, writer = http.transport, http.protocol, http.writer
     if transport is None:
         return "cancelled"
+    assert isinstance(writer, StreamWriter)
 
     def cut() -> None:
         http[SLOW] = True
         log.warning("%s took nothing of its stream for too long: it is cut off", http.remote)
         transport.abort()
 
+    def take(chunk: bytes) -> bool:
+        # `response.write` does the same in a coroutine, which would need a task for each chunk.
+        if not chunk:
+            return True
+        if transport.is_closing():
+            raise ConnectionResetError
+        transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if writer.chunked else chunk)
+        if timeline and "first_byte" not in timeline.moments:
+            timeline.mark("first_byte")
+        return not protocol.writing_paused
+
     client = Stall(http.app[PATIENCE], cut, lambda: _left(transport))
     client.start()
     try:
         await response.prepare(http)
+        writer.send_headers()
         try:
-            async for chunk in chunks:
-                if not chunk:
-                    continue
+            while not await pour(take):
                 client.waiting = True
-                await response.write(chunk)
+                await writer.drain()
                 client.waiting = False
                 client.turns += 1
-                if timeline and "first_byte" not in timeline.moments:
-                    timeline.mark("first_byte")
         except StreamBroken as error:
             log.warning("%s", error)
             outcome = "stream_broken"
