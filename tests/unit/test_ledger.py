@@ -23,8 +23,8 @@ class Fixed:
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
 
-    def quantile(self, q: float, generated: int = 0) -> int:
-        return max(self.tokens, generated + 1)
+    def quantiles(self, shares: Sequence[float], generated: int = 0) -> list[int]:
+        return [max(self.tokens, generated + 1)] * len(shares)
 
 
 def booking(
@@ -136,8 +136,8 @@ def test_decode_at_a_moment_takes_off_who_ended_and_adds_whose_prefill_ended() -
 
 def test_an_answer_counts_by_the_share_of_its_lengths_that_are_not_reached() -> None:
     class Spread:
-        def quantile(self, q: float, generated: int = 0) -> int:
-            return 10 if q < 0.5 else 30
+        def quantiles(self, shares: Sequence[float], generated: int = 0) -> list[int]:
+            return [10 if share < 0.5 else 30 for share in shares]
 
     books = ledger()
     own = booking(prompt=100)

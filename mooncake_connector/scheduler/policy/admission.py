@@ -5,13 +5,12 @@ A decode engine's load is the larger of time per token over what is promised, an
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Literal
 
 import msgspec
-import numpy as np
 
 from mooncake_connector.scheduler.policy.base import Arrival, Rejected
-from mooncake_connector.scheduler.policy.decode_table import Answer, Floats
+from mooncake_connector.scheduler.policy.decode_table import Answer
 from mooncake_connector.scheduler.policy.estimators import Estimators
 from mooncake_connector.scheduler.policy.fairness import Demand, Ranks, Usage, Waiter
 from mooncake_connector.scheduler.policy.ledger import Ledger
@@ -24,9 +23,9 @@ LASTING = 10.0
 # How long an answer lasted counts for 1/e after so many others.
 MEMORY = 200
 # Where in the answer it is looked whether promises are kept, as shares of the length that 81% do not exceed.
-STAGES = np.array([0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
+STAGES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 # When room is looked for, seconds after the prompt would be computed.
-LATER = np.array([0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0])
+LATER = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0)
 # So many other decode engines are looked at when the best one has no room.
 OTHERS = 1
 # An engine with fewer answers than that is one that has nothing to do.
@@ -64,7 +63,9 @@ class Ahead(msgspec.Struct, frozen=True):
     seconds: float = 0.0
 
     @classmethod
-    def of(cls, waiters: Sequence[Waiter]) -> Self:
+    def of(cls, waiters: Sequence[Waiter]) -> "Ahead":
+        if not waiters:
+            return NOBODY
         need = sum(waiter.arrival.tokens + waiter.answer.mean for waiter in waiters)
         return cls(len(waiters), need, sum(waiter.seconds for waiter in waiters))
 
@@ -200,8 +201,7 @@ class Gate:
 
     def _computing(self, route: Route) -> int:
         """How many engines compute prompts such as this one."""
-        side = self._ledger.instances[route.computes].side
-        return sum(other.side == side for other in self._ledger.computers())
+        return self._ledger.computing(self._ledger.instances[route.computes].side)
 
     def _startable(self, route: Route) -> bool:
         """Whether the engine that is to compute the prompt has nothing to do."""
@@ -212,16 +212,15 @@ class Gate:
 
     def _emergency(self, route: Route) -> Rejected | None:
         settings = self._settings
-        queue = Load("overload", route.queue, settings.emergency_seconds)
-        if queue.share > 1:
+        if route.queue > settings.emergency_seconds:
+            queue = Load("overload", route.queue, settings.emergency_seconds)
             return queue.rejected(queue.predicted - queue.limit)
-        slots = [self._ledger.decode(writer.name) for writer in self._ledger.writers()]
-        committed = sum(slot.committed for slot in slots if slot.capacity)
-        capacity = sum(slot.capacity for slot in slots)
-        if not capacity:
+        slots = [self._ledger.decode(writer.name) for writer in self._ledger.writers() if writer.kv_tokens]
+        committed, capacity = sum([slot.committed for slot in slots]), sum([slot.capacity for slot in slots])
+        if committed <= settings.emergency_kv * capacity:
             return None
         kv = Load("overload", committed / capacity, settings.emergency_kv)
-        return kv.rejected(self._lasting * (1 - 1 / kv.share)) if kv.share > 1 else None
+        return kv.rejected(self._lasting * (1 - 1 / kv.share))
 
     def _share(self, arrival: Arrival) -> float:
         """The part of all that it may take: the last is for the urgent, and for modest tenants."""
@@ -307,49 +306,48 @@ class Gate:
 
         What it takes itself is not held against it, `share` is of what it has in common with others.
         """
-        slot = self._ledger.decode(route.decode)
-        own = STAGES * answer.ends[-2]
-        need = arrival.tokens + own
+        slot, prompt = self._ledger.decode(route.decode), arrival.tokens
+        longest = answer.ends[-2]
         # No faster than promised: whoever is let in may slow it down to that.
-        moments = now + route.ttft + own * max(route.tbt, slot.pace)
-        batch, context, beyond = self._crowd(route.decode, moments, now, aged)
-        paces = np.array(
-            [
-                self._step.seconds(route.decode, round(others) + 1, int(tokens))
-                for others, tokens in zip(batch.tolist(), (context + need).tolist(), strict=True)
-            ]
-        )
-        # The promise is of the mean over an answer; answers end at any of the stages.
-        means = np.cumsum((paces[1:] + paces[:-1]) / 2 * np.diff(STAGES)) / STAGES[1:]
-        predicted = float(means.max())
+        seconds, begins = longest * max(route.tbt, slot.pace), now + route.ttft
+        crowd = self._crowd(route.decode, [begins + stage * seconds for stage in STAGES], now, aged)
+        tightest = Load("overload", 0.0, 1.0)
+        passed = before = total = mean = predicted = 0.0
+        for stage, (others, context, beyond) in zip(STAGES, crowd, strict=True):
+            need = prompt + stage * longest
+            pace = self._step.seconds(route.decode, round(others) + 1, int(context + need))
+            if stage:
+                # The promise is of the mean over an answer; answers end at any of the stages.
+                total += (before + pace) / 2 * (stage - passed)
+                mean = total / stage
+                predicted = max(predicted, mean)
+            passed, before = stage, pace
+            if slot.capacity:
+                full = need + share * max(slot.capacity - need, 0.0)
+                kv = Load("overload", (context + beyond + need) / slot.capacity, full / slot.capacity)
+                tightest = max(tightest, kv, key=_load_share)
         slowest = self._slowest(arrival, route.decode, share, now)
         # An engine that has nothing to do does what it can.
         tbt = Load("tbt", predicted, slowest if slot.requests else max(slowest, predicted))
-        if not slot.capacity:
-            return tbt, float(means[-1])
-        full = (need + share * np.maximum(slot.capacity - need, 0.0)) / slot.capacity
-        taken = (context + beyond + need) / slot.capacity
-        tightest = int(np.argmax(taken / full))
-        kv = Load("overload", float(taken[tightest]), float(full[tightest]))
-        return max(tbt, kv, key=lambda load: load.share), float(means[-1])
+        return max(tbt, tightest, key=_load_share), mean
 
     def _wait(
         self, arrival: Arrival, route: Route, answer: Answer, share: float, now: float, ahead: Ahead
     ) -> tuple[float, float]:
         """Seconds until its decode engine is predicted to have room for it and for those ahead of it; and
         until it lets it in, be it that it has nothing to do."""
-        batch, context, beyond = self._crowd(route.decode, now + route.ttft + LATER, now, ahead)
-        context = context + beyond
+        begins = now + route.ttft
+        crowd = self._crowd(route.decode, [begins + later for later in LATER], now, ahead)
         need = arrival.tokens + answer.mean
         slowest = self._slowest(arrival, route.decode, 1.0, now)
         few = IDLE + ahead.requests / len(self._ledger.writers())
-        idle = float(LATER[-1])
-        for later, others, tokens in zip(LATER.tolist(), batch.tolist(), context.tolist(), strict=True):
+        idle = LATER[-1]
+        for later, (others, context, beyond) in zip(LATER, crowd, strict=True):
             if others < few:
                 idle = min(idle, later)
-            if self._load(route.decode, others, tokens + need, slowest).share <= share:
-                return float(later), min(idle, later)
-        return float(LATER[-1]), idle
+            if self._load(route.decode, others, context + beyond + need, slowest).share <= share:
+                return later, min(idle, later)
+        return LATER[-1], idle
 
     def _slowest(self, arrival: Arrival, name: str, share: float, now: float) -> float:
         """Seconds per token up to which an engine may be slowed down; what it takes alone is not shared."""
@@ -357,15 +355,26 @@ class Gate:
         limit = min(arrival.slo.tbt, self._ledger.strictest(name))
         return (alone + share * max(0.0, limit - alone)) / self.tbt.factor(now)
 
-    def _crowd(self, name: str, moments: Floats, now: float, ahead: Ahead) -> tuple[Floats, Floats, Floats]:
+    def _crowd(
+        self, name: str, moments: Sequence[float], now: float, ahead: Ahead
+    ) -> list[tuple[float, float, float]]:
         """Batch and context of an engine at some moments, and tokens of KV that may be taken beyond that."""
-        found = self._ledger.decode_over(name, moments, now)
+        found, caution = self._ledger.decode_over(name, moments, now), self._settings.caution
         engines = len(self._ledger.writers())
+        requests, tokens = ahead.requests / engines, ahead.tokens / engines
         # Time per token is a mean over an answer, and evens out; KV that is not there stops an engine.
-        beyond = self._settings.caution * found.spread * found.context / np.maximum(found.batch, 1.0)
-        return found.batch + ahead.requests / engines, found.context + ahead.tokens / engines, beyond
+        return [
+            (batch + requests, context + tokens, caution * spread * context / max(batch, 1.0))
+            for batch, context, spread in zip(
+                found.batch.tolist(), found.context.tolist(), found.spread.tolist(), strict=True
+            )
+        ]
 
 
 def _area(arrival: Arrival, answer: Answer) -> float:
     """KV that an answer takes, times the steps for which it does."""
     return (arrival.tokens + answer.mean / 2) * answer.mean
+
+
+def _load_share(load: Load) -> float:
+    return load.share

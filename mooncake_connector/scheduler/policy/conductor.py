@@ -274,7 +274,8 @@ class Conductor:
 
     def _learn(self, flight: Flight, now: float, output: int, decoding: float | None) -> None:
         estimators, decode = self._estimators, flight.route.decode
-        estimators.calibration.observe("output", flight.answer.lengths.quantile(0.5), output)
+        (median,) = flight.answer.lengths.quantiles((0.5,))
+        estimators.calibration.observe("output", median, output)
         estimators.lengths.observe(flight.arrival, output)
         lasted = decoding or (now - flight.first if flight.first else 0.0)
         passed = now - flight.since

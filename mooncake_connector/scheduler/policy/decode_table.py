@@ -7,7 +7,7 @@ be is kept as a few equally likely lengths; a request counts, later, by the shar
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import msgspec
 import numpy as np
@@ -24,7 +24,7 @@ LONGER, SOME = 0.25, 16
 class Lengths(Protocol):
     """Distribution of an answer's length in tokens."""
 
-    def quantile(self, q: float, generated: int = 0) -> int: ...
+    def quantiles(self, shares: Sequence[float], generated: int = 0) -> list[int]: ...
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -41,8 +41,8 @@ class Answer(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, lengths: Lengths) -> Self:
-        ends = tuple(lengths.quantile(share) for share in SHARES)
-        return cls(lengths, ends, sum(ends) / len(ends))
+        ends = lengths.quantiles(SHARES)
+        return cls(lengths, tuple(ends), sum(ends) / len(ends))
 
 
 class Occupancy(msgspec.Struct, frozen=True):
@@ -51,12 +51,35 @@ class Occupancy(msgspec.Struct, frozen=True):
     Attributes:
         batch: requests that decode.
         context: tokens of KV that they attend to.
-        spread: standard deviation of `batch`.
     """
 
     batch: Floats
     context: Floats
+
+
+class Forecast(Occupancy, frozen=True):
+    """How sure that is, too.
+
+    Attributes:
+        spread: standard deviation of `batch`.
+    """
+
     spread: Floats
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How far all answers are at one moment, by row.
+
+    Attributes:
+        pace: seconds per step of its engine.
+        tokens: written; less than none: steps until it begins.
+        left: of its lengths, how many are not reached.
+    """
+
+    now: float
+    pace: Floats
+    tokens: Floats
+    left: NDArray[np.intp]
 
 
 class DecodeSlot:
@@ -84,7 +107,8 @@ class DecodeSlot:
 
     def steps(self, now: float) -> float:
         """Steps that it is predicted to have run since it came."""
-        return self._steps + max(0.0, now - self._moment) / self.pace
+        elapsed = now - self._moment
+        return self._steps + elapsed / self.pace if elapsed > 0 else self._steps
 
     def context(self, now: float) -> float:
         """Tokens of KV that its decoding requests attend to now."""
@@ -106,8 +130,9 @@ class DecodeSlot:
         elapsed = now - self._moment
         if elapsed <= 0:
             return
-        self._batch_area += self.batch * elapsed
-        self._context_area += (self.context(self._moment) + self.context(now)) / 2 * elapsed
+        if self.batch:
+            self._batch_area += self.batch * elapsed
+            self._context_area += (self.context(self._moment) + self.context(now)) / 2 * elapsed
         self._steps += elapsed / self.pace
         self._moment = now
 
@@ -126,7 +151,10 @@ class DecodeTable:
         self._rows: dict[str, int] = {}
         self._ids: list[str] = []
         self._lengths: list[Lengths] = []
-        self._grow(256)
+        # What is asked more than once of the same answers at the same moment.
+        self._progress: Progress | None = None
+        self._members: dict[str, NDArray[np.intp]] = {}
+        self._lay(np.zeros(256, np.intp), np.zeros((6 + len(SHARES), 256)))
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -135,9 +163,9 @@ class DecodeTable:
         return id in self._rows
 
     @property
-    def names(self) -> Sequence[str]:
+    def slots(self) -> Sequence[DecodeSlot]:
         """Engines, in the order of `at`."""
-        return [slot.name for slot in self._slots]
+        return self._slots
 
     def slot(self, name: str) -> DecodeSlot:
         return self._slots[self._number[name]]
@@ -157,6 +185,8 @@ class DecodeTable:
             self._slots[number] = last
             self._number[last.name] = number
             self._engine[: len(self)][self._engine[: len(self)] == len(self._slots)] = number
+        self._progress = None
+        self._members.clear()
 
     def add(
         self, id: str, name: str, prompt: int, joins: float, answer: Answer, limit: float, sure: bool
@@ -169,44 +199,47 @@ class DecodeTable:
         self._ids.append(id)
         self._lengths.append(answer.lengths)
         self._engine[row] = number = self._number[name]
-        self._prompt[row], self._joins[row], self._limit[row] = prompt, joins, limit
-        self._floor[row] = -np.inf if sure else 0.0
-        self._start[row] = np.nan
-        self._ends[:, row] = answer.ends
-        self._whole[row] = prompt + answer.mean
+        whole = prompt + answer.mean
+        floor = -math.inf if sure else 0.0
+        self._cells[:, row] = (prompt, joins, floor, math.nan, limit, whole, *answer.ends)
         self._slots[number].requests += 1
-        self._slots[number].committed += prompt + answer.mean
+        self._slots[number].committed += whole
+        self._progress = None
+        self._members.pop(name, None)
 
     def joins(self, id: str, moment: float) -> None:
         """Another prediction of when it begins; of no account once it has begun."""
         self._joins[self._rows[id]] = moment
+        self._progress = None
 
     def place(self, id: str, tokens: float, now: float) -> None:
         """It has so many tokens: the first such call begins it. Less than none: it begins later."""
         row = self._rows[id]
         slot = self._slots[self._engine[row]]
-        before = float(self._start[row])
-        begins = math.isnan(before)
+        before = self._start.item(row)
         start = slot.steps(now) - tokens
         self._start[row] = start
-        if begins:
-            slot.change(1, float(self._prompt[row]) - start, now, self._pace)
+        if math.isnan(before):
+            slot.change(1, self._prompt.item(row) - start, now, self._pace)
         else:
             slot.change(0, before - start, now, self._pace)
+        self._progress = None
 
     def remove(self, id: str, now: float) -> None:
         """It is over."""
         row, last = self._rows.pop(id), len(self) - 1
         slot = self._slots[self._engine[row]]
         slot.requests -= 1
-        slot.committed = max(0.0, slot.committed - float(self._whole[row])) if slot.requests else 0.0
-        if not np.isnan(self._start[row]):
-            slot.change(-1, float(self._start[row] - self._prompt[row]), now, self._pace)
+        slot.committed = max(0.0, slot.committed - self._whole.item(row)) if slot.requests else 0.0
+        start = self._start.item(row)
+        if not math.isnan(start):
+            slot.change(-1, start - self._prompt.item(row), now, self._pace)
+        self._progress = None
+        self._members.pop(slot.name, None)
         if row != last:
-            for column in (self._engine, self._prompt, self._joins, self._floor, self._start):
-                column[row] = column[last]
-            self._limit[row], self._whole[row] = self._limit[last], self._whole[last]
-            self._ends[:, row] = self._ends[:, last]
+            self._members.pop(self._slots[self._engine[last]].name, None)
+            self._engine[row] = self._engine[last]
+            self._cells[:, row] = self._cells[:, last]
             self._ids[row], self._lengths[row] = self._ids[last], self._lengths[last]
             self._rows[self._ids[row]] = row
         self._ids.pop()
@@ -214,29 +247,37 @@ class DecodeTable:
 
     def begun(self, id: str) -> bool:
         """Whether it decodes."""
-        return not np.isnan(self._start[self._rows[id]])
+        return not math.isnan(self._start.item(self._rows[id]))
 
     def at(self, moment: float, now: float) -> Occupancy:
-        """Every engine at `moment`, in the order of `names`."""
-        number, count = self._engine[: len(self)], len(self._slots)
-        share, tokens = self._present(slice(0, len(self)), np.array([moment]), now)
-        share, tokens = share[0], tokens[0]
+        """Every engine at `moment`, not before now, in the order of `slots`."""
+        found, rows, count = self._written(now), len(self), len(self._slots)
+        tokens = found.tokens + (moment - now) / found.pace
+        share = np.add.reduce(self._ends[:, :rows] > tokens, 0) / found.left
+        share *= tokens >= 0
+        number = self._engine[:rows]
         return Occupancy(
             np.bincount(number, share, count).astype(float),
-            np.bincount(number, share * tokens, count).astype(float),
-            np.sqrt(np.bincount(number, share * (1 - share), count)),
+            np.bincount(number, share * (self._prompt[:rows] + tokens), count).astype(float),
         )
 
-    def over(self, name: str, moments: Floats, now: float) -> Occupancy:
-        """One engine at several moments."""
-        rows = np.flatnonzero(self._engine[: len(self)] == self._number[name])
-        share, tokens = self._present(rows, moments, now)
-        return Occupancy(share.sum(1), (share * tokens).sum(1), np.sqrt((share * (1 - share)).sum(1)))
+    def over(self, name: str, moments: Sequence[float], now: float) -> Forecast:
+        """One engine at several moments, none before now."""
+        found, rows = self._written(now), self._of(name)
+        steps = (np.array(moments) - now) / self.slot(name).pace
+        tokens = found.tokens.take(rows) + steps[:, None]
+        share = np.add.reduce(self._ends.take(rows, 1)[:, None] > tokens, 0) / found.left.take(rows)
+        share *= tokens >= 0
+        tokens += self._prompt.take(rows)
+        return Forecast(
+            np.add.reduce(share, 1),
+            np.add.reduce(share * tokens, 1),
+            np.sqrt(np.add.reduce(share * (1 - share), 1)),
+        )
 
     def strictest(self, name: str) -> float:
         """The least seconds per token promised to a request of this engine; infinite if it has none."""
-        limits = self._limit[: len(self)][self._engine[: len(self)] == self._number[name]]
-        return float(limits.min(initial=np.inf))
+        return float(self._limit.take(self._of(name)).min(initial=np.inf))
 
     def lasting(self, moment: float, seconds: float, now: float) -> Occupancy:
         """Every engine at `moment` if each answer took `seconds`; those that begin until then, spread evenly.
@@ -258,53 +299,50 @@ class DecodeTable:
             even = float(of[new].sum()) / max(1, count)
             return np.bincount(number, of * begun, count).astype(float) + even
 
-        return Occupancy(spread(there), spread(context), np.zeros(count))
+        return Occupancy(spread(there), spread(context))
 
-    def _present(self, rows: Any, moments: Floats, now: float) -> tuple[Floats, Floats]:
-        """By moment and row: probability that it decodes then, and its tokens of KV if so."""
-        number = self._engine[rows]
-        steps, pace = self._clocks(now)
-        steps, pace = steps[number], pace[number]
-        start = self._start[rows]
-        later = steps + np.maximum(self._joins[rows] - now, self._floor[rows]) / pace
-        start = np.where(np.isnan(start), later, start)
-        done = np.maximum(steps - start, 0.0)
-        ends = self._ends[:, rows]
-        left = (ends > done).sum(0)
+    def _of(self, name: str) -> NDArray[np.intp]:
+        """An engine's rows."""
+        rows = self._members.get(name)
+        if rows is None:
+            rows = self._members[name] = (self._engine[: len(self)] == self._number[name]).nonzero()[0]
+        return rows
+
+    def _written(self, now: float) -> Progress:
+        """How far all answers are; those that outlived all their lengths are given longer ones."""
+        if self._progress is not None and self._progress.now == now:
+            return self._progress
+        rows = len(self)
+        steps, pace = self._clocks(now).take(self._engine[:rows], 1)
+        wait = np.maximum(self._joins[:rows] - now, self._floor[:rows])
+        tokens = steps - self._start[:rows]
+        tokens = np.where(np.isnan(tokens), wait / -pace, tokens)
+        done = np.maximum(tokens, 0.0)
+        left = np.add.reduce(self._ends[:, :rows] > done, 0)
         if not left.all():
-            self._prolong(np.arange(len(self))[rows][left == 0], done[left == 0])
-            ends = self._ends[:, rows]
-            left = (ends > done).sum(0)
-        tokens = (steps - start) + (moments[:, None] - now) / pace
-        share = (ends[:, None, :] > tokens).sum(0) / left
-        share[tokens < 0] = 0.0
-        return np.minimum(share, 1.0), self._prompt[rows] + np.maximum(tokens, 0.0)
+            self._prolong((left == 0).nonzero()[0], done)
+            left = np.add.reduce(self._ends[:, :rows] > done, 0)
+        self._progress = Progress(now, pace, tokens, left)
+        return self._progress
 
     def _prolong(self, rows: NDArray[np.intp], done: Floats) -> None:
-        for row, tokens in zip(rows.tolist(), done.tolist(), strict=True):
-            ends = [self._lengths[row].quantile(share, int(tokens)) for share in SHARES]
+        for row in rows.tolist():
+            tokens = done.item(row)
+            ends = self._lengths[row].quantiles(SHARES, int(tokens))
             ends[-1] = max(ends[-1], int(tokens * (1 + LONGER)) + SOME)
             self._ends[:, row] = ends
 
-    def _clocks(self, now: float) -> tuple[Floats, Floats]:
-        steps = np.array([slot.steps(now) for slot in self._slots])
-        return steps, np.array([slot.pace for slot in self._slots])
+    def _clocks(self, now: float) -> Floats:
+        """Steps up to now and seconds per step, by engine."""
+        slots = self._slots
+        return np.array([[slot.steps(now) for slot in slots], [slot.pace for slot in slots]])
 
     def _grow(self, rows: int) -> None:
-        def longer(name: str, kind: Any) -> Any:
-            column = np.zeros(rows, kind)
-            if hasattr(self, name):
-                column[: len(self)] = getattr(self, name)[: len(self)]
-            return column
+        engine, cells = np.zeros(rows, np.intp), np.zeros((6 + len(SHARES), rows))
+        engine[: len(self)], cells[:, : len(self)] = self._engine, self._cells
+        self._lay(engine, cells)
 
-        self._engine: NDArray[np.intp] = longer("_engine", np.intp)
-        self._prompt: Floats = longer("_prompt", float)
-        self._joins: Floats = longer("_joins", float)
-        self._floor: Floats = longer("_floor", float)
-        self._start: Floats = longer("_start", float)
-        self._limit: Floats = longer("_limit", float)
-        self._whole: Floats = longer("_whole", float)
-        ends = np.zeros((len(SHARES), rows))
-        if hasattr(self, "_ends"):
-            ends[:, : len(self)] = self._ends[:, : len(self)]
-        self._ends: Floats = ends
+    def _lay(self, engine: NDArray[np.intp], cells: Floats) -> None:
+        self._engine, self._cells = engine, cells
+        self._prompt, self._joins, self._floor, self._start, self._limit, self._whole = cells[:6]
+        self._ends = cells[6:]

@@ -163,6 +163,8 @@ class Line:
 
     def __iter__(self) -> Iterator[Waiter]:
         """In the order of their turns."""
+        if not self._waiters:
+            return iter(())
         return iter(sorted(self._waiters.values(), key=lambda waiter: (-waiter.arrival.priority, waiter.tag)))
 
     def add(self, waiter: Waiter) -> None:
@@ -175,7 +177,9 @@ class Line:
     def take(self, id: str, *, served: bool = False) -> Waiter | None:
         """It waits no longer; `served`: it was let in. None if it did not wait."""
         waiter = self._waiters.pop(id, None)
-        if waiter and served:
+        if waiter is None:
+            return None
+        if served:
             self._virtual = max(self._virtual, waiter.tag)
         if not self._waiters:
             self._finish.clear()
@@ -184,4 +188,6 @@ class Line:
 
     def deadline(self) -> float | None:
         """When the first of them has to be answered; None if nobody waits."""
-        return min((waiter.until for waiter in self._waiters.values()), default=None)
+        if not self._waiters:
+            return None
+        return min(waiter.until for waiter in self._waiters.values())

@@ -1,15 +1,16 @@
 """The books: what every engine was given and has not finished, and what that comes to at a later moment."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
-from mooncake_connector.scheduler.policy.base import DecodeView, Instance, Placement
+from mooncake_connector.scheduler.policy.base import DecodeView, Instance, Placement, Side
 from mooncake_connector.scheduler.policy.decode_table import (
     Answer,
     DecodeSlot,
     DecodeTable,
-    Floats,
+    Forecast,
     Occupancy,
 )
 from mooncake_connector.scheduler.policy.prefill_queue import PrefillQueue
@@ -86,6 +87,7 @@ class Ledger:
         self._queues: dict[str, PrefillQueue] = {}
         self._answers = DecodeTable(pace)
         self._bookings: dict[str, Booking] = {}
+        self._sort()
 
     def __len__(self) -> int:
         return len(self._bookings)
@@ -101,6 +103,7 @@ class Ledger:
         self._queues[instance.name] = PrefillQueue()
         if instance.side != "prefill":
             self._answers.join(instance.name, instance.kv_tokens, now)
+        self._sort()
 
     def leave(self, name: str, now: float) -> None:
         """An engine goes; requests that it had stay open until they are closed."""
@@ -111,15 +114,18 @@ class Ledger:
         del self._queues[name]
         if instance.side != "prefill":
             self._answers.leave(name, now)
+        self._sort()
 
     def pause(self, name: str) -> None:
         """An engine gets nothing more; what it has stays in the books."""
         if name in self.instances:
             self._paused.add(name)
+            self._sort()
 
     def resume(self, name: str) -> None:
         """It gets requests again."""
         self._paused.discard(name)
+        self._sort()
 
     def open(self, id: str, booking: Booking, now: float) -> None:
         """A request got its engines."""
@@ -164,23 +170,21 @@ class Ledger:
         """Every one of `writers`, as predicted for `moment`: now or later."""
         found = self._answers.at(max(moment, now), now)
         views = []
-        for name, batch, context in zip(
-            self._answers.names, found.batch.tolist(), found.context.tolist(), strict=True
+        for slot, batch, context in zip(
+            self._answers.slots, found.batch.tolist(), found.context.tolist(), strict=True
         ):
-            if name in self._paused:
+            if slot.name in self._paused:
                 continue
-            slot, instance = self._answers.slot(name), self.instances[name]
-            room = int(slot.capacity - context) if slot.capacity else UNKNOWN_ROOM
-            views.append(
-                DecodeView(name, instance.group, round(batch), int(context), max(0, room), 0, slot.requests)
-            )
+            group = self.instances[slot.name].group
+            room = max(0, int(slot.capacity - context)) if slot.capacity else UNKNOWN_ROOM
+            views.append(DecodeView(slot.name, group, round(batch), int(context), room, 0, slot.requests))
         return views
 
     def all_at(self, moment: float, now: float) -> Occupancy:
         """Every one of `writers` at `moment`, in their order."""
         return self._taking(self._answers.at(moment, now))
 
-    def decode_over(self, name: str, moments: Floats, now: float) -> Occupancy:
+    def decode_over(self, name: str, moments: Sequence[float], now: float) -> Forecast:
         """One engine at several moments, none before now."""
         return self._answers.over(name, moments, now)
 
@@ -190,11 +194,15 @@ class Ledger:
 
     def writers(self) -> Sequence[Instance]:
         """Engines that decode and may get requests."""
-        return [self.instances[name] for name in self._answers.names if name not in self._paused]
+        return self._writers
 
     def computers(self) -> Sequence[Instance]:
         """Engines that may get prompts: all but those that are paused."""
-        return [instance for name, instance in self.instances.items() if name not in self._paused]
+        return self._computers
+
+    def computing(self, side: Side) -> int:
+        """How many of `computers` are of one kind."""
+        return self._sides[side]
 
     def strictest(self, name: str) -> float:
         """The least seconds per token promised to one of its requests; infinite if it has none."""
@@ -224,10 +232,17 @@ class Ledger:
                 )
             yield account
 
+    def _sort(self) -> None:
+        """Note who may get what: it is asked far more often than it changes."""
+        known, paused = self.instances, self._paused
+        self._writers = [known[slot.name] for slot in self._answers.slots if slot.name not in paused]
+        self._computers = [instance for name, instance in known.items() if name not in paused]
+        self._sides = Counter(instance.side for instance in self._computers)
+
     def _taking(self, found: Occupancy) -> Occupancy:
         if not self._paused:
             return found
-        at = [number for number, name in enumerate(self._answers.names) if name not in self._paused]
+        at = [number for number, slot in enumerate(self._answers.slots) if slot.name not in self._paused]
         return msgspec.structs.replace(found, batch=found.batch[at], context=found.context[at])
 
     def _dequeue(self, name: str, id: str, now: float) -> bool:

@@ -17,6 +17,7 @@ POOL_OBSERVATIONS = 4.0
 """How many observations of its own an instance needs to count as much as its pool does."""
 MEMORY = 300.0
 """An observation counts 1/e after that many others."""
+KEEP = 1 - 1 / MEMORY
 OFF = 2.0
 """A cost that differs from what was expected by more than this factor is doubted until others confirm it."""
 RECENT = 7
@@ -99,9 +100,11 @@ class _Fit:
     def learn(self, features: Features, seconds: float) -> None:
         """Take one observation in; `solve` draws the conclusion."""
         self._features = features
-        x, y, z = _times(features, self.scale)
+        x, y, z = features[0] * self.scale[0], features[1] * self.scale[1], features[2] * self.scale[2]
         f, g, h = self.factors
-        expected = max(x * f + y * g + z * h, SMALL)
+        expected = x * f + y * g + z * h
+        if expected < SMALL:
+            expected = SMALL
         ratio = seconds / expected
         recent = self._recent
         recent.append(ratio)
@@ -110,7 +113,6 @@ class _Fit:
             self._rescale(median)
             expected *= median
             ratio /= median
-        self.forget(1 - 1 / MEMORY)
         weight = 1.0
         if ratio > OFF:
             weight, ratio = OFF / ratio, OFF
@@ -119,9 +121,16 @@ class _Fit:
         x, y, z = x / expected, y / expected, z / expected
         wx, wy, wz = weight * x, weight * y, weight * z
         a, b, c, d, e, i = self._a
-        self._a = (a + wx * x, b + wx * y, c + wx * z, d + wy * y, e + wy * z, i + wz * z)
+        self._a = (
+            a * KEEP + wx * x,
+            b * KEEP + wx * y,
+            c * KEEP + wx * z,
+            d * KEEP + wy * y,
+            e * KEEP + wy * z,
+            i * KEEP + wz * z,
+        )
         p, q, r = self._v
-        self._v = (p + wx * ratio, q + wy * ratio, r + wz * ratio)
+        self._v = (p * KEEP + wx * ratio, q * KEEP + wy * ratio, r * KEEP + wz * ratio)
 
     def _rescale(self, by: float) -> None:
         """The engine has changed or the prior was wrong: the proportions stay, and half of what was known."""
@@ -152,15 +161,11 @@ class _Fit:
 
     def fade(self, pool: Features) -> None:
         """It was not observed for a while: it comes nearer to its pool."""
-        self.forget(1 - 1 / MEMORY)
-        self.solve(pool, self.distance(pool) ** FADING)
-
-    def forget(self, keep: float) -> None:
-        """Let what was learned count `keep` of what it did."""
         a, b, c, d, e, i = self._a
-        self._a = (a * keep, b * keep, c * keep, d * keep, e * keep, i * keep)
+        self._a = (a * KEEP, b * KEEP, c * KEEP, d * KEEP, e * KEEP, i * KEEP)
         p, q, r = self._v
-        self._v = (p * keep, q * keep, r * keep)
+        self._v = (p * KEEP, q * KEEP, r * KEEP)
+        self.solve(pool, self.distance(pool) ** FADING)
 
     def solve(self, pool: Features | None = None, distance: float = 1.0) -> None:
         """Find the factors; the prior is `pool` times `distance`, or else what they were."""
@@ -172,14 +177,16 @@ class _Fit:
         else:
             f, g, h = pool[0] * distance, pool[1] * distance, pool[2] * distance
             # In the scale of whichever is slower, or a slow instance would need many more observations.
-            own = self.factors
-            least = 0.1 * max(f, g, h, *own) + SMALL
-            k = POOL_OBSERVATIONS / max(f, own[0], least) ** 2
-            m = POOL_OBSERVATIONS / max(g, own[1], least) ** 2
-            n = POOL_OBSERVATIONS / max(h, own[2], least) ** 2
+            u, v, w = self.factors
+            u, v, w = u if u > f else f, v if v > g else g, w if w > h else h
+            least = 0.1 * max(u, v, w) + SMALL
+            k = POOL_OBSERVATIONS / (u if u > least else least) ** 2
+            m = POOL_OBSERVATIONS / (v if v > least else least) ** 2
+            n = POOL_OBSERVATIONS / (w if w > least else least) ** 2
         found = _nonnegative((a + k, b, c, d + m, e, i + n), (p + k * f, q + m * g, r + n * h))
         # All 0 would stay so for ever; only rounding makes them that.
-        self.factors = found if max(found) > 0 else self.factors
+        if any(found):
+            self.factors = found
         self.coefficients = _times(self.scale, self.factors)
 
 

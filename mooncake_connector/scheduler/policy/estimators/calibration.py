@@ -12,6 +12,7 @@ SMALLEST, BINS = 1e-7, 800
 """The first bin holds all that is less, the last one all that is more than 8e9."""
 KEEP = 1 - 1 / MEMORY
 HEAVIEST = 1e12
+_LEAST = math.log(SMALLEST)
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,9 +41,10 @@ class Calibration:
 
     def observe(self, quantity: str, predicted: float, observed: float) -> None:
         """One prediction came true, more or less. Both are times or counts, hence not negative."""
-        if quantity not in self._quantities:
-            self._quantities[quantity] = _Quantity()
-        self._quantities[quantity].observe(max(predicted, 0.0), max(observed, 0.0))
+        known = self._quantities.get(quantity)
+        if known is None:
+            known = self._quantities[quantity] = _Quantity()
+        known.observe(max(predicted, 0.0), max(observed, 0.0))
 
     def quantities(self) -> list[str]:
         """Those that were observed, in the order of their first observation."""
@@ -100,8 +102,8 @@ class _Histogram:
         self._weight, self._total = 1.0, 0.0
 
     def add(self, value: float) -> None:
-        at = int((math.log(max(value, SMALLEST)) - math.log(SMALLEST)) / STEP)
-        self._weights[min(at, BINS - 1)] += self._weight
+        at = int((math.log(value) - _LEAST) / STEP) if value > SMALLEST else 0
+        self._weights[at if at < BINS else -1] += self._weight
         self._total += self._weight
         self._weight /= KEEP
         if self._weight > HEAVIEST:

@@ -9,7 +9,8 @@ learned too: a feature that says nothing of the length comes to be ignored.
 
 import math
 from bisect import bisect_left
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
+from operator import neg
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ LONGEST = 1 << 20
 BINS_PER_OCTAVE = 4
 MEMORY = 2000.0
 """An answer counts 1/e in a node after that many others there."""
+KEEP = 1 - 1 / MEMORY
+HEAVIEST = 1e9
 PRIOR_OBSERVATIONS = 5.0
 MEDIAN, SHAPE = 200.0, 1.5
 """Before any answer: log-logistic, so that 3% are longer than 10 times the median."""
@@ -62,13 +65,11 @@ class Lengths:
         max_tokens: where it is cut off.
     """
 
-    __slots__ = ("_done", "_max_tokens", "_rest", "_survival")
+    __slots__ = ("_max_tokens", "_rest", "_survival")
 
     def __init__(self, survival: Array, max_tokens: int = LONGEST) -> None:
         self._max_tokens = max_tokens
         self._survival: list[float] = survival.tolist()
-        # Increasing, for bisect.
-        self._done: list[float] = (1 - survival).tolist()
         self._rest: list[float] | None = None
 
     def survival(self, tokens: float, generated: int = 0) -> float:
@@ -85,21 +86,25 @@ class Lengths:
 
         More than `generated`, except that nothing is more than `max_tokens`.
         """
-        longer = (1 - q) * self._longer(generated)
-        if longer <= 0:
-            return max(self._max_tokens, generated)
-        survival = self._survival
-        at = bisect_left(self._done, 1 - longer)
-        while at < BINS and survival[at] > longer:
-            at += 1
-        if at == 0:
+        return self.quantiles((q,), generated)[0]
+
+    def quantiles(self, shares: Sequence[float], generated: int = 0) -> list[int]:
+        """`quantile` of each of `shares`, which ascend."""
+        survival, before, most = self._survival, self._longer(generated), self._max_tokens
+        found, at = [], 0
+        for share in shares:
+            longer = (1 - share) * before
+            if longer <= 0:
+                found.append(max(most, generated))
+                continue
+            at = bisect_left(survival, -longer, at, key=neg)
             length = 1
-        else:
-            low, high = survival[at - 1], survival[at]
-            start = EDGES[at - 1]
-            share = (low - longer) / (low - high) if low > high else 1.0
-            length = math.ceil(start + share * (EDGES[at] - start) - 1e-9)
-        return max(min(max(length, generated + 1), self._max_tokens), generated)
+            if at:
+                low, high, start = survival[at - 1], survival[at], EDGES[at - 1]
+                part = (low - longer) / (low - high) if low > high else 1.0
+                length = math.ceil(start + part * (EDGES[at] - start) - 1e-9)
+            found.append(max(min(max(length, generated + 1), most), generated))
+        return found
 
     def mean(self, generated: int = 0) -> float:
         """The expected length, given that it is longer than `generated`."""
@@ -153,15 +158,21 @@ class OutputLengths:
         self._conversations: dict[Hashable, _Node] = {}
         self._strengths = [math.log(16.0)] * len(LEVELS)
         self._strengths[0] = math.log(PRIOR_OBSERVATIONS)
+        # Of the last path, by level: hazards, the prior's first, and how many ended and got there.
+        self._hazards, self._counts = np.ones((len(LEVELS) + 1, 2, BINS)), np.empty((len(LEVELS), 2, BINS))
+        self._hazards[0, 0] = _PRIOR
 
     def predict(self, arrival: Arrival) -> Lengths:
         """The length of the answer to a request that has just arrived."""
-        hazards = _PRIOR
-        for level, node in enumerate(self._path(arrival)):
-            if node is not None and node.answers:
-                hazards = node.hazards(hazards, math.exp(self._strengths[level]))
+        keys = self._keys(arrival)
+        conversation = self._conversations.get(keys.pop())
+        path = [*map(self._nodes.get, keys), conversation]
+        known = [(level, node) for level, node in enumerate(path) if node is not None and node.answers]
+        self._shrink(known)
+        survival = np.ones(BINS + 1)
+        np.multiply.accumulate(1 - self._hazards[len(known), 0], out=survival[1:])
         limit = arrival.max_tokens if 0 < arrival.max_tokens < LONGEST else LONGEST
-        return Lengths(np.concatenate(([1.0], np.cumprod(1 - hazards))), limit)
+        return Lengths(survival, limit)
 
     def observe(self, arrival: Arrival, output_tokens: int) -> None:
         """Its answer ended after so many tokens; one of no tokens says nothing."""
@@ -169,33 +180,53 @@ class OutputLengths:
             return
         at = min(bisect_left(EDGES, output_tokens), BINS) - 1
         cut = 0 < arrival.max_tokens <= output_tokens
-        hazards = _PRIOR
-        for level, key in enumerate(self._keys(arrival)):
-            if key is None:
-                continue
-            node = self._touch(level, key)
-            if node.answers:
-                strength = self._strengths[level]
-                shrunk = node.hazards(hazards, math.exp(strength))
-                if level:
-                    slope = node.slope(hazards, shrunk, math.exp(strength), at, cut)
-                    moved = strength + LEARNING_RATE * max(-1.0, min(1.0, slope))
-                    self._strengths[level] = max(WEAKEST, min(STRONGEST, moved))
-                hazards = shrunk
-            node.add(at, cut, _SPREAD if level == CONVERSATION else _EXACT)
-            node.last = at
+        path = [
+            (level, self._touch(level, key))
+            for level, key in enumerate(self._keys(arrival))
+            if key is not None
+        ]
+        known = [(level, node) for level, node in path if node.answers]
+        pulls = self._shrink(known)
+        for (level, _), slope in zip(known, self._slopes(pulls, at, cut), strict=True):
+            if level:
+                moved = self._strengths[level] + LEARNING_RATE * max(-1.0, min(1.0, slope))
+                self._strengths[level] = max(WEAKEST, min(STRONGEST, moved))
+        for level, node in path:
+            node.add(at, cut, spread=level == CONVERSATION)
 
     def strengths(self) -> dict[str, float]:
         """How many answers of its own a node of each level needs to count as much as its parent does."""
         return {level: math.exp(value) for level, value in zip(LEVELS, self._strengths, strict=True)}
 
-    def _path(self, arrival: Arrival) -> list["_Node | None"]:
-        return [
-            (self._conversations if level == CONVERSATION else self._nodes).get(key)
-            if key is not None
-            else None
-            for level, key in enumerate(self._keys(arrival))
-        ]
+    def _shrink(self, path: Iterable[tuple[int, "_Node"]]) -> list[float]:
+        """Find the hazards of each node of a path, shrunk towards those of the one before it.
+
+        Returns:
+            What the parent weighs in each, in the units of its node.
+        """
+        pulls = []
+        for at, (level, node) in enumerate(path):
+            pull = math.exp(self._strengths[level]) * node.weight
+            counts = self._counts[at]
+            np.multiply(self._hazards[at], pull, out=counts)
+            counts += node.counts
+            np.divide(counts[0], counts[1], out=self._hazards[at + 1, 0])
+            pulls.append(pull)
+        return pulls
+
+    def _slopes(self, pulls: list[float], at: int, cut: bool) -> list[float]:
+        """By how much an answer's log-likelihood grows with the logarithm of each strength of a path.
+
+        `_shrink` was told the path; the answer ended in bin `at`, or was cut off there.
+        """
+        count, bins = len(pulls), at + 1
+        parents, shrunk = self._hazards[:count, 0, :bins], self._hazards[1 : count + 1, 0, :bins]
+        change = (parents - shrunk) * np.array(pulls)[:, None] / self._counts[:count, 1, :bins]
+        slopes = -np.add.reduce(change[:, :at] / (1 - shrunk[:, :at]), 1)
+        if not cut:
+            slopes += change[:, at] / shrunk[:, at]
+        found: list[float] = slopes.tolist()
+        return found
 
     def _keys(self, arrival: Arrival) -> list[Hashable | None]:
         """The nodes of one request, one for each of `LEVELS`; None: it does not say."""
@@ -232,50 +263,44 @@ class _Node:
     Attributes:
         answers: how many there were, the old ones counting less.
         last: the bin of the last one.
+        weight: of the last one: it is the new ones that weigh more.
+        counts: how many ended, and how many got there, [2, bins].
     """
 
-    __slots__ = ("_ended", "_got_there", "answers", "last")
+    __slots__ = ("answers", "counts", "last", "weight")
 
     def __init__(self) -> None:
-        self.answers, self.last = 0.0, 0
-        self._ended, self._got_there = np.zeros(BINS), np.zeros(BINS)
+        self.answers, self.last, self.weight = 0.0, 0, 1.0
+        self.counts = np.zeros((2, BINS))
 
-    def hazards(self, parent: Array, strength: float) -> Array:
-        """The chance to end in each bin, given that it is reached."""
-        return (self._ended + strength * parent) / (self._got_there + strength)
-
-    def add(self, at: int, cut: bool, kernel: tuple[Array, Array]) -> None:
-        """One answer ended in bin `at`, or was cut off there; `kernel`: how it counts for other bins."""
-        keep = 1 - 1 / MEMORY
-        self.answers = self.answers * keep + 1
-        self._ended *= keep
-        self._got_there *= keep
+    def add(self, at: int, cut: bool, *, spread: bool) -> None:
+        """One answer ended in bin `at`, or was cut off there; `spread`: bins around count, too."""
+        self.answers = self.answers * KEEP + 1
+        self.last = at
+        weight = self.weight = self.weight / KEEP
         if cut:
-            self._got_there[:at] += 1
+            self.counts[1, :at] += weight
+        elif spread:
+            self.counts += weight * _SPREAD[at]
         else:
-            ended, got_there = kernel
-            self._ended += ended[at]
-            self._got_there += got_there[at]
-
-    def slope(self, parent: Array, shrunk: Array, strength: float, at: int, cut: bool) -> float:
-        """By how much the log-likelihood of an answer grows with the logarithm of `strength`."""
-        change = strength * (parent - shrunk) / (self._got_there + strength)
-        slope = -float((change[:at] / (1 - shrunk[:at])).sum())
-        return slope if cut else slope + float(change[at] / shrunk[at])
+            self.counts[0, at] += weight
+            self.counts[1, : at + 1] += weight
+        if weight > HEAVIEST:
+            self.counts /= weight
+            self.weight = 1.0
 
 
-def _kernel(width: int) -> tuple[Array, Array]:
-    """For each bin, how an answer there counts for the bins up to `width` off: so that few say something."""
+def _kernel(width: int) -> Array:
+    """How an answer counts for the bins up to `width` off, so that few say something: `counts`, by its bin."""
     ended = np.zeros((BINS, BINS))
     for at in range(BINS):
         for other in range(max(0, at - width), min(BINS, at + width + 1)):
             ended[at, other] = width + 1 - abs(at - other)
     ended /= ended.sum(axis=1, keepdims=True)
-    got_there = ended[:, ::-1].cumsum(axis=1)[:, ::-1]
-    return ended, got_there
+    return np.stack((ended, ended[:, ::-1].cumsum(axis=1)[:, ::-1]), axis=1)
 
 
-_EXACT, _SPREAD = _kernel(0), _kernel(2)
+_SPREAD = _kernel(2)
 
 
 def _prior() -> Array:
