@@ -291,7 +291,7 @@ class _Node:
 
 
 def _kernel(width: int) -> Array:
-    """How an answer counts for the bins up to `width` off, so that few say something: `counts`, by its bin."""
+    """By its bin, how an answer counts for those up to `width` off: so that few say something."""
     ended = np.zeros((BINS, BINS))
     for at in range(BINS):
         for other in range(max(0, at - width), min(BINS, at + width + 1)):
