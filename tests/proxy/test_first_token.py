@@ -1,10 +1,13 @@
 """Streams that begin with prefill's token, and the timeline of a request."""
 
+import asyncio
+import gc
 import json
 from typing import Any
 
 import pytest
 
+from mooncake_connector.scheduler.proxy.answer import Answer
 from tests.proxy.conftest import Setting, Start
 from tests.proxy.fakes import DONE, MODEL, FakeEngine
 
@@ -231,3 +234,20 @@ async def test_nothing_is_told_unasked(start: Start):
     setting = await start()
     async with setting.http.post("/v1/completions", json=BODY) as reply:
         assert await reply.read() == b"".join(setting.decode[0].stream)
+
+
+@pytest.mark.parametrize("first_token", ["decode", "prefill"])
+async def test_what_an_answer_held_does_not_wait_for_the_garbage_collector(start: Start, first_token: str):
+    gc.disable()
+    try:
+        prefill, decode = engines()
+        decode[0].first_gap = 0.1
+        setting = await start(prefill, decode, first_token=first_token)
+        first, _, by = await first_chunk(setting)
+        assert first
+        assert by == ("prefill" if first_token == "prefill" else None)
+        async with asyncio.timeout(5):
+            while any(isinstance(each, Answer) for each in gc.get_objects()):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    finally:
+        gc.enable()

@@ -166,6 +166,8 @@ class Dispatcher:
     async def finish(self, answer: Answer, *, whole: bool) -> None:
         """Close `answer`; unless it reached its end (`whole`), its prefill is cancelled too."""
         answer.close(whole=whole)
+        # It holds the answer, too: the two would wait for the garbage collector, and all that they hold.
+        answer.again = None
         prefill = answer.prefill
         if prefill is None:
             return
