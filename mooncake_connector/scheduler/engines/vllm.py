@@ -67,6 +67,13 @@ _error_event = re.compile(rb'(?:\A\s*|\n\n)(?:event: error\ndata: (\{.*)|data:\s
 _error_code = re.compile(rb'"code"\s*:\s*"?(\d{3})')
 
 
+class _Prefilled(msgspec.Struct):
+    kv_transfer_params: dict[str, Any] | None = None
+
+
+_prefilled = msgspec.json.Decoder(_Prefilled)
+
+
 class VllmEngine:
     """Driver for vLLM 0.26 to 0.33.
 
@@ -171,11 +178,9 @@ class VllmEngine:
 
     def prefill_params(self, answer: bytes) -> dict[str, Any] | None:
         try:
-            found = msgspec.json.decode(answer)
+            return _prefilled.decode(answer).kv_transfer_params or None
         except UNREADABLE:
             return None
-        params = found.get("kv_transfer_params") if isinstance(found, dict) else None
-        return params if isinstance(params, dict) and params else None
 
     def preamble(self, first: bytes) -> bool:
         # vLLM sends these before it asks its engine for anything.

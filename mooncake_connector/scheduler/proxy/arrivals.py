@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from multidict import CIMultiDict
 
 from mooncake_connector.scheduler.policy.base import Arrival, Slo
 from mooncake_connector.scheduler.policy.prefix_index import PrefixIndex
@@ -61,7 +62,7 @@ class Arrivals:
         self._promise = promise
         self._adapters = adapters
 
-    async def describe(self, request: ClientRequest, headers: Mapping[str, str], caller: Caller) -> Asked:
+    async def describe(self, request: ClientRequest, headers: CIMultiDict[str], caller: Caller) -> Asked:
         """What the conductor is told of it.
 
         Raises:
@@ -88,8 +89,8 @@ class Arrivals:
         return Asked(request, headers, arrival, ids)
 
 
-def _priority(headers: Mapping[str, str], allowed: ServiceClass) -> int:
-    said = _header(headers, PRIORITY)
+def _priority(headers: CIMultiDict[str], allowed: ServiceClass) -> int:
+    said = headers.get(PRIORITY, "").strip()
     if not said:
         return allowed.priority
     try:
@@ -102,13 +103,6 @@ def _priority(headers: Mapping[str, str], allowed: ServiceClass) -> int:
             PRIORITY,
         )
     return priority if allowed.max_priority is None else min(priority, allowed.max_priority)
-
-
-def _header(headers: Mapping[str, str], name: str) -> str:
-    for given, value in headers.items():
-        if given.lower() == name:
-            return value.strip()
-    return ""
 
 
 def _max_tokens(request: ClientRequest) -> int:
