@@ -11,7 +11,7 @@ import pytest
 
 from mooncake_connector.demo.models import make
 from mooncake_connector.scheduler.prompts.tokens import Tokens
-from mooncake_connector.scheduler.proxy.openai import CHAT, COMPLETIONS, ClientRequest
+from mooncake_connector.scheduler.proxy.openai import CHAT, COMPLETIONS, MESSAGES, RESPONSES, ClientRequest
 from tests.engine.harness import Cluster
 from tests.unit import tiny_tokenizers
 from tests.unit.chat_templates import TEMPLATES
@@ -90,6 +90,106 @@ CHATS: list[dict[str, Any]] = [
     },
     {"messages": [user("a")], "chat_template_kwargs": {"enable_thinking": False, "other": 1}},
 ]
+FLAT = {
+    "type": "function",
+    "name": "find",
+    "description": None,
+    "parameters": {"type": "object", "properties": {"z": {"type": "string"}}},
+    "strict": True,
+}
+CALLED = {"type": "function_call", "call_id": "c1", "name": "find", "arguments": '{"b": 1, "a": [1.0, "é"]}'}
+RESULT = {"type": "function_call_output", "call_id": "c1", "output": "found\n it"}
+THOUGHT = {
+    "type": "reasoning",
+    "id": "r1",
+    "summary": [],
+    "content": [{"type": "reasoning_text", "text": "because"}],
+}
+
+
+def said(text: str, **fields: Any) -> dict[str, Any]:
+    return {
+        "type": "message",
+        "role": "assistant",
+        "content": [{"type": "output_text", "text": text, "annotations": []}],
+        **fields,
+    }
+
+
+RESPONSES_BODIES: list[dict[str, Any]] = [
+    {"input": "hello </s> world <|im_end|> 🙂 Ωμέγα"},
+    {"input": "a", "instructions": "be nice "},
+    {"input": "a", "instructions": "x-anthropic-billing-header: cch=1\nrest"},
+    {"input": [user("a "), assistant("b "), user("  c\n")], "instructions": ""},
+    {"input": [system("s"), user("long " * 300)], "instructions": "i", "reasoning": {"effort": "low"}},
+    {"input": [user("a"), {"type": "message", "role": "developer", "content": "d"}, user("z")]},
+    {"input": [user([{"type": "input_text", "text": " a "}, {"type": "input_text", "text": "b"}])]},
+    {"input": [user("a"), said("b ", id="m1", status="completed"), user("c")], "truncation": "disabled"},
+    {"input": [user("a"), said("b")], "reasoning": {"effort": "none"}},
+    {"input": [user("a"), said("b ", status="in_progress")]},
+    {"input": [user("a"), {**assistant("b "), "type": "message"}, said("c"), user("d")]},
+    {"input": "a", "tools": [FLAT]},
+    {"input": "a", "tools": [FLAT], "tool_choice": "none"},
+    {"input": [user("a"), CALLED, {**CALLED, "call_id": "c2", "id": "f", "status": "completed"}, RESULT]},
+    {"input": [user("a"), THOUGHT, said("well"), CALLED, RESULT, said("so"), user("b")], "tools": [FLAT]},
+    {"input": [user("a"), THOUGHT, CALLED, RESULT, THOUGHT, said("x"), THOUGHT, user("b")]},
+    {"input": [CALLED, said("then"), RESULT]},
+    {"input": "a", "chat_template_kwargs": {"enable_thinking": False, "other": 1}},
+    {"input": "a", "max_output_tokens": 5, "store": False, "temperature": 0, "text": {"verbosity": "low"}},
+]
+RESPONSES_UNTOLD: list[dict[str, Any]] = [
+    {"input": "a", "previous_response_id": "resp_1"},
+    {"input": "a", "truncation": "auto"},
+    {"input": [user([{"type": "input_image", "image_url": "data:,"}])]},
+    {"input": "a", "tools": [{"type": "custom", "name": "free"}]},
+    {"input": [{**RESULT, "output": [{"type": "input_text", "text": "a"}]}]},
+    {"input": [{**CALLED, "namespace": "n"}]},
+    {"input": []},
+    {"input": [5]},
+    {"input": [said("b", status="odd")]},
+    {},
+]
+THINKING = {"type": "thinking", "thinking": "because", "signature": "s"}
+USE = {"type": "tool_use", "id": "t1", "name": "find", "input": {"b": 1, "a": [1.0, "é"]}}
+GIVES = {"type": "tool_result", "tool_use_id": "t1", "content": "found\n it"}
+TEXT = {"type": "text", "text": " two ", "cache_control": {"type": "ephemeral"}}
+SCHEMA = {
+    "name": "find",
+    "description": "finds",
+    "input_schema": {"properties": {"z": {"type": "string"}}},
+    "cache_control": {"type": "ephemeral"},
+}
+BILLED = {"type": "text", "text": "x-anthropic-billing-header: cch=1"}
+MESSAGES_BODIES: list[dict[str, Any]] = [
+    {"messages": [user("hello </s> world <|im_end|> 🙂 Ωμέγα")]},
+    {"messages": [user("a "), assistant("b "), user("  c\n")], "system": "be nice "},
+    {"messages": [user("long " * 300)], "system": [BILLED, TEXT, {"type": "text", "text": "more"}]},
+    {"messages": [user("a")], "system": "x-anthropic-billing-header: cch=1\nrest"},
+    {"messages": [user([TEXT])]},
+    {"messages": [user([TEXT, {"type": "text", "text": "b"}, {"type": "text", "text": ""}])]},
+    {"messages": [user("a"), assistant([{"type": "text", "text": "b "}])]},
+    {"messages": [user("a"), assistant([THINKING, THINKING, TEXT]), user("c")]},
+    {"messages": [user("a"), assistant([{"type": "redacted_thinking", "data": "x"}, TEXT]), user("c")]},
+    {"messages": [user("a")], "tools": [SCHEMA], "tool_choice": {"type": "none"}},
+    {"messages": [user("a")], "tools": [{**SCHEMA, "strict": True, "defer_loading": True}]},
+    {"messages": [user("a")], "tools": []},
+    {"messages": [user("a"), assistant([TEXT, USE]), user([GIVES])], "tools": [SCHEMA]},
+    {"messages": [user("a"), assistant([THINKING, USE, {**USE, "id": "t2"}]), user([TEXT, GIVES, TEXT])]},
+    {"messages": [user("a"), assistant([USE]), user([{**GIVES, "content": [TEXT, TEXT]}, GIVES])]},
+    {"messages": [user("a"), assistant([{**USE, "input": {}}]), user([{**GIVES, "content": None}])]},
+    {"messages": [user("a")], "output_config": {"effort": "low"}, "thinking": {"type": "adaptive"}},
+    {"messages": [user("a")], "thinking": {"type": "enabled", "budget_tokens": 2000}},
+    {"messages": [user("a")], "chat_template_kwargs": {"enable_thinking": False, "other": 1}},
+]
+MESSAGES_UNTOLD: list[dict[str, Any]] = [
+    {"messages": [user("a"), system("s")]},
+    {"messages": [user("a")], "thinking": {"type": "disabled"}},
+    {"messages": [user([{"type": "image", "source": {"type": "url", "url": "http://a"}}])]},
+    {"messages": [user([{**GIVES, "content": [{"type": "tool_reference", "tool_name": "find"}]}])]},
+    {"messages": [user("a"), assistant([{**USE, "id": None}])]},
+    {"messages": "a"},
+    {},
+]
 ONLY_ASKED = [
     {"messages": [user("a")], "reasoning_effort": "low"},
     {"messages": [user("a")], "reasoning_effort": "none"},
@@ -146,13 +246,24 @@ async def test_as_vllm_computes(cluster: Cluster, http: aiohttp.ClientSession, t
         assert await told(tokens, path, body) == expected
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-async def test_as_vllm_renders_other_templates(template: str, tmp_path: Path):
-    # vLLM's own code without an engine: the tiny models' template knows neither tools nor parts.
+async def test_as_vllm_counts(cluster: Cluster, http: aiohttp.ClientSession, tokens: Tokens):
+    async def ask(path: str, body: dict[str, Any]) -> int:
+        fields = {"model": "m", "max_tokens": 1, "max_output_tokens": 1, **body}
+        async with http.post(f"{cluster.url}{path}", json=fields) as answer:
+            assert answer.status == 200, await answer.text()
+            return int((await answer.json())["usage"]["input_tokens"])
+
+    bodies = [(RESPONSES, body) for body in RESPONSES_BODIES[:4]]
+    bodies += [(MESSAGES, body) for body in MESSAGES_BODIES[:4]]
+    counted = await asyncio.gather(*(ask(path, body) for path, body in bodies))
+    for (path, body), expected in zip(bodies, counted, strict=True):
+        assert len(await told(tokens, path, body)) == expected
+
+
+def renderer(template: str, folder: Path) -> Any:
+    """vLLM's own code without an engine: the tiny models' template knows neither tools nor parts."""
     from transformers import LlamaConfig, PreTrainedTokenizerFast
     from vllm.config import ModelConfig, VllmConfig
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.exceptions import VLLMValidationError
     from vllm.renderers import renderer_from_config
     from vllm.renderers.online_renderer import OnlineRenderer
 
@@ -160,7 +271,7 @@ async def test_as_vllm_renders_other_templates(template: str, tmp_path: Path):
         tokenizer_object=tiny_tokenizers.make("metaspace_first"), bos_token="<s>", eos_token="</s>"
     )
     tokenizer.chat_template = TEMPLATES[template]
-    tokenizer.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(folder)
     LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -168,27 +279,65 @@ async def test_as_vllm_renders_other_templates(template: str, tmp_path: Path):
         num_attention_heads=2,
         architectures=["LlamaForCausalLM"],
         max_position_embeddings=8192,
-    ).save_pretrained(tmp_path)
-    model = ModelConfig(model=str(tmp_path), dtype="float32", max_model_len=8192)
-    vllm = OnlineRenderer(
+    ).save_pretrained(folder)
+    model = ModelConfig(model=str(folder), dtype="float32", max_model_len=8192)
+    return OnlineRenderer(
         model,
         renderer_from_config(VllmConfig(model_config=model)),
         request_logger=None,
         chat_template=None,
         chat_template_content_format="auto",
+        enable_auto_tools=True,
+        tool_parser="hermes",
     )
+
+
+async def rendered(vllm: Any, path: str, fields: dict[str, Any]) -> list[int]:
+    """Token ids that vLLM makes of a request."""
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    fields = json.loads(json.dumps({"model": "m", "max_tokens": 4000, **fields}))
+    if path == RESPONSES:
+        found = await vllm.render_responses(ResponsesRequest.model_validate(fields))
+        return list(found.engine_input["prompt_token_ids"])
+    if path == CHAT:
+        chat = ChatCompletionRequest.model_validate(fields)
+    else:
+        asked = AnthropicMessagesRequest.model_validate(fields)
+        merged = AnthropicServingMessages._should_merge_inline_system(vllm)
+        chat = AnthropicServingMessages.to_chat_completion_request(asked, merge_inline_system=merged)
+    _, ((found),) = await vllm.render_chat(chat)
+    return list(found["prompt_token_ids"])
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+async def test_as_vllm_renders_other_templates(template: str, tmp_path: Path):
+    from vllm.exceptions import VLLMValidationError
+
+    vllm = renderer(template, tmp_path)
     tokens = Tokens(str(tmp_path))
     tokens.offer("")
     assert await tokens.loaded()
-    refused = 0
-    for body in [*CHATS, *ONLY_ASKED]:
-        asked = ChatCompletionRequest.model_validate(json.loads(json.dumps({"model": "m", **body})))
-        try:
-            _, ((rendered),) = await vllm.render_chat(asked)
-        except VLLMValidationError:
-            assert await tokens.ids(request(CHAT, body)) is None
-            refused += 1
-            continue
-        assert await told(tokens, CHAT, body) == rendered["prompt_token_ids"], body
-    assert refused <= 1
+    # One template refuses whom it does not know: the results of tools.
+    picky = template == "plain"
+    for path, bodies, refused in (
+        (CHAT, [*CHATS, *ONLY_ASKED], 1 * picky),
+        (RESPONSES, RESPONSES_BODIES, 4 * picky),
+        (MESSAGES, MESSAGES_BODIES, 4 * picky),
+    ):
+        for body in bodies:
+            try:
+                expected = await rendered(vllm, path, body)
+            except VLLMValidationError:
+                assert await tokens.ids(request(path, body)) is None
+                refused -= 1
+                continue
+            assert await told(tokens, path, body) == expected, body
+        assert refused == 0
+    for path, bodies in ((RESPONSES, RESPONSES_UNTOLD), (MESSAGES, MESSAGES_UNTOLD)):
+        for body in bodies:
+            assert await tokens.ids(request(path, body)) is None, body
     tokens.close()

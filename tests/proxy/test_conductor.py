@@ -10,9 +10,13 @@ import pytest
 
 from mooncake_connector.scheduler.policy.base import Slo
 from mooncake_connector.scheduler.policy.scheduling import Scheduling
+from mooncake_connector.scheduler.prompts.tokenizer_files import TokenizerFiles
+from mooncake_connector.scheduler.prompts.tokens import Tokenizer
 from tests.proxy.conftest import Setting, Start
 from tests.proxy.fakes import MODEL, FakeEngine, events
 from tests.proxy.test_failures import idle
+from tests.unit.chat_templates import TEMPLATES
+from tests.unit.tiny_tokenizers import make
 
 LONG = 8192
 
@@ -40,6 +44,25 @@ async def test_a_prompt_goes_where_its_prefix_is(start: Start):
         assert status == 200
         assert headers["x-mooncake-prefill"] == homes[first - 1]
     assert setting.count("cached_tokens_total") == 4 * (LONG - 32)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+async def test_a_turn_goes_where_the_turns_before_it_were(start: Start, path: str):
+    setting = await start(2, 1)
+    files = TokenizerFiles(make("byte_level").to_str(), {}, {"default": TEMPLATES["chatml"]})
+    setting.proxy._tokens._tokenizer = Tokenizer(files)
+    turns, homes, cached = [], set(), [0.0]
+    for said in ("first " * 500, "second", "third"):
+        turns.append({"role": "user", "content": said})
+        body = {"model": MODEL, "max_tokens": 7, "input" if path == "/v1/responses" else "messages": turns}
+        async with setting.http.post(path, json=body) as reply:
+            assert reply.status == 200
+            homes.add(reply.headers["x-mooncake-prefill"])
+        turns.append({"role": "assistant", "content": "answer"})
+        cached.append(setting.count("cached_tokens_total") - sum(cached))
+    assert len(homes) == 1
+    assert cached[1] == 0
+    assert cached[3] >= cached[2] > 0
 
 
 async def test_salted_prompts_share_nothing(start: Start):

@@ -15,7 +15,14 @@ import pytest
 from mooncake_connector.scheduler.prompts.conversation import conversation_key, salt
 from mooncake_connector.scheduler.prompts.tokenizer_files import TokenizerFiles, _templates
 from mooncake_connector.scheduler.prompts.tokens import Prompt, Tokenizer, Tokens
-from mooncake_connector.scheduler.proxy.openai import CHAT, COMPLETIONS, BadRequest, ClientRequest
+from mooncake_connector.scheduler.proxy.openai import (
+    CHAT,
+    COMPLETIONS,
+    MESSAGES,
+    RESPONSES,
+    BadRequest,
+    ClientRequest,
+)
 from tests.unit.chat_templates import TEMPLATES
 from tests.unit.tiny_tokenizers import make
 
@@ -99,6 +106,18 @@ async def test_a_chat(tokens: Tokens):
     expected = "<s><|im_start|>system\nbe nice<|im_end|><|im_start|>user\nhello<|im_end|>"
     expected += "<|im_start|>user\n" + "again" * 500 + "<|im_end|><|im_start|>assistant\n"
     assert listed(said) == (whole(expected, False), True)
+
+
+async def test_responses_and_messages_are_chats(tokens: Tokens):
+    text = "<s><|im_start|>system\nbe nice<|im_end|><|im_start|>user\nhello<|im_end|><|im_start|>assistant\n"
+    said = [{"role": "user", "content": "hello"}]
+    for path, fields, special in (
+        (RESPONSES, {"instructions": "be nice", "input": "hello"}, True),
+        (RESPONSES, {"instructions": "be nice", "input": said}, True),
+        (MESSAGES, {"system": "be nice", "messages": said}, False),
+    ):
+        request = ClientRequest.parse(path, json.dumps(fields).encode())
+        assert listed(await tokens.ids(request)) == (whole(text, special), True)
 
 
 async def test_pictures_end_what_is_known(tokens: Tokens):

@@ -2,11 +2,10 @@
 
 import json
 import uuid
-from typing import Any
+from typing import Any, Protocol
 
 from mooncake_connector.scheduler.prompts.chat_format import Format, content_format, variables
 from mooncake_connector.scheduler.prompts.tokenizer_files import TokenizerFiles
-from mooncake_connector.scheduler.proxy.openai import ClientRequest
 
 Json = dict[str, Any]
 
@@ -43,6 +42,13 @@ class Unknown(Exception):
     """vLLM's prompt for this request can't be told."""
 
 
+class Given(Protocol):
+    """A request's fields."""
+
+    def get(self, name: str, /) -> Any:
+        """The decoded value of one, None if absent."""
+
+
 class ChatTemplate:
     """Turns chat requests into text.
 
@@ -61,8 +67,11 @@ class ChatTemplate:
         self._files = files
         self._template = template
 
-    def render(self, request: ClientRequest) -> tuple[str, bool]:
+    def render(self, request: Given, *, sorted_calls: bool = True) -> tuple[str, bool]:
         """The prompt's text, and whether it is all: False if it ends where a picture or the like would come.
+
+        Args:
+            sorted_calls: the fields of tool calls are to come in the order of vLLM's protocol; else as given.
 
         Raises:
             Unknown: it can't be told, or vLLM would refuse the request.
@@ -73,7 +82,7 @@ class ChatTemplate:
             raise Unknown
         tools = None if tools is None else [_tool(tool) for tool in tools]
         template = self._choose(tools)
-        conversation, whole = _conversation(messages, content_format(template))
+        conversation, whole = _conversation(messages, content_format(template), sorted_calls)
         if any(message["role"] == "developer" for message in conversation) and not (
             '"developer"' in template or "'developer'" in template
         ):
@@ -106,7 +115,7 @@ class ChatTemplate:
             raise Unknown
         return found
 
-    def _arguments(self, request: ClientRequest, template: str) -> Json:
+    def _arguments(self, request: Given, template: str) -> Json:
         own: Json = request.get("chat_template_kwargs") or {}
         if own.keys() & _NOT_THE_CLIENTS:
             raise Unknown
@@ -133,7 +142,7 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _conversation(messages: list[Json], form: Format) -> tuple[list[Json], bool]:
+def _conversation(messages: list[Json], form: Format, sorted_calls: bool) -> tuple[list[Json], bool]:
     """The messages as templates get them, and whether all of them is text."""
     found: list[Json] = []
     whole = True
@@ -146,9 +155,9 @@ def _conversation(messages: list[Json], form: Format) -> tuple[list[Json], bool]
         plain = message["role"] == "tool" and all(part["type"] == "text" for part in parts)
         if form == "string" or plain:
             texts = [part["text" if part["type"] == "text" else "name"] for part in parts if _textual(part)]
-            found.append(_message(message, "\n".join(texts)))
+            found.append(_message(message, "\n".join(texts), sorted_calls))
         else:
-            found.append(_message(message, parts))
+            found.append(_message(message, parts, sorted_calls))
     return found, whole
 
 
@@ -196,13 +205,13 @@ def _part(part: Any) -> Json | None:
     return {"type": _MEDIA[kind], **extras}
 
 
-def _message(message: Json, content: str | list[Json]) -> Json:
+def _message(message: Json, content: str | list[Json], sorted_calls: bool) -> Json:
     role = message["role"]
     found: Json = {"role": role, "content": content}
     if role == "assistant":
         calls = message.get("tool_calls")
         if calls:
-            found["tool_calls"] = [_call(call) for call in calls]
+            found["tool_calls"] = [_call(call, sorted_calls) for call in calls]
         reasoning = _or(message.get("reasoning"), message.get("reasoning_content"))
         if reasoning is not None:
             found["reasoning"] = found["reasoning_content"] = reasoning
@@ -220,7 +229,7 @@ def _message(message: Json, content: str | list[Json]) -> Json:
     return found
 
 
-def _call(call: Json) -> Json:
+def _call(call: Json, sorted_calls: bool) -> Json:
     function = call["function"]
     if call.get("type") != "function" or not isinstance(function["arguments"], str):
         raise Unknown
@@ -229,6 +238,8 @@ def _call(call: Json) -> Json:
     except json.JSONDecodeError:
         arguments = {}
     arguments = arguments if isinstance(arguments, dict) else {}
+    if not sorted_calls:
+        return {**call, "function": {**function, "arguments": arguments}}
     function = _ordered(function, ("arguments", "name"), arguments=arguments)
     return _ordered(call, ("id", "function", "type"), function=function)
 

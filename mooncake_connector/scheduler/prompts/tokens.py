@@ -11,14 +11,16 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from mooncake_connector.scheduler.prompts.chat import ChatTemplate
+from mooncake_connector.scheduler.prompts.chat import ChatTemplate, Given
+from mooncake_connector.scheduler.prompts.messages import chat_of_messages
+from mooncake_connector.scheduler.prompts.responses import chat_of_response
 from mooncake_connector.scheduler.prompts.segments import Ids, Segments, ids_array
 from mooncake_connector.scheduler.prompts.tokenizer_files import TokenizerFiles, read
-from mooncake_connector.scheduler.proxy.openai import CHAT, ClientRequest
+from mooncake_connector.scheduler.proxy.openai import CHAT, COMPLETIONS, MESSAGES, RESPONSES, ClientRequest
 
 log = logging.getLogger(__name__)
 
-# Of a chat: more would take too long to decode, in one go and with the interpreter lock held.
+# Of all but a completion: more would take too long to decode, in one go and with the interpreter lock held.
 MOST_FIELDS = 40_000
 _PIECE_BYTES = 1 << 19
 
@@ -64,11 +66,17 @@ class Tokenizer:
         Raises:
             Exception: they can't be told, or vLLM would refuse the request; templates may raise anything.
         """
-        return self._of_chat(request) if request.path == CHAT else self._of_completion(request)
+        if request.path == COMPLETIONS:
+            return self._of_completion(request)
+        if request.path == CHAT:
+            return self._of_chat(request, request.get("add_special_tokens") is True)
+        if request.path == RESPONSES:
+            # vLLM adds special tokens to what the template has, as to a text.
+            return self._of_chat(chat_of_response(request), True, sorted_calls=False)
+        return self._of_chat(chat_of_messages(request), False) if request.path == MESSAGES else None
 
-    def _of_chat(self, request: ClientRequest) -> Prompt | None:
-        special = request.get("add_special_tokens") is True
-        text, whole = self._chat.render(request)
+    def _of_chat(self, chat: Given, special: bool, *, sorted_calls: bool = True) -> Prompt | None:
+        text, whole = self._chat.render(chat, sorted_calls=sorted_calls)
         if whole:
             return Prompt(self._segments.encode(text, special))
         text = self._segments.before_last_cut(text)
@@ -156,7 +164,7 @@ class Tokens:
         try:
             if any(request.get(name) is not None for name in ("truncate_prompt_tokens", "prompt_embeds")):
                 return None
-            if request.path == CHAT and _fields(request.raw) > MOST_FIELDS:
+            if request.path != COMPLETIONS and _fields(request.raw) > MOST_FIELDS:
                 return None
             given = _given(request)
             return given or (self._tokenizer.prompt(request) if self._tokenizer else None)
@@ -188,12 +196,12 @@ def _fields(raw: bytes) -> int:
 
 def _is_ids(request: ClientRequest) -> bool:
     """Whether the prompt came as a list: of ids, or of several prompts that may be ids."""
-    return request.path != CHAT and bytes(memoryview(request.fields.get("prompt", b""))[:1]) == b"["
+    return request.path == COMPLETIONS and bytes(memoryview(request.fields.get("prompt", b""))[:1]) == b"["
 
 
 def _given(request: ClientRequest) -> Prompt | None:
     """The prompt, if it came as token ids."""
-    if request.path == CHAT:
+    if request.path != COMPLETIONS:
         return None
     raw, exact = _first_prompt(request.fields["prompt"])
     text = bytes(raw)
