@@ -291,7 +291,8 @@ class Books(RuleBasedStateMachine):
         taking = {name for name in self.names if name not in self.gone | self.paused}
         assert {writer.name for writer in self.books.writers()} == taking
         assert {view.name for view in self.books.decode_at(self.now, self.now)} == taking
-        assert {computer.name for computer in self.books.computers()} == taking | {"p"}
+        assert {computer.name for computer in self.books.computers("decode")} == taking
+        assert {computer.name for computer in self.books.computers("prefill")} == {"p"}
         found = self.books.all_at(self.now + 1.0, self.now)
         assert len(found.batch) == len(found.context) == len(taking)
         assert np.all(found.batch >= 0)

@@ -61,8 +61,18 @@ def route(
 ) -> Route | None:
     arrival = Arrival(**({"id": "a", "tokens": 1000} | fields))
     writers = [Instance(name=view.name, side=side, group=view.group) for view in decodes]
-    views = [*prefills, *(prefill(view.name, group=view.group) for view in decodes)]
-    return own.route(arrival, views, writers, lambda later: decodes, 100.0)
+    computers = [Instance(name=view.name, side="prefill", group=view.group) for view in prefills]
+    views = {
+        view.name: view for view in (*(prefill(view.name, group=view.group) for view in decodes), *prefills)
+    }
+    return own.route(
+        arrival,
+        computers,
+        writers,
+        lambda some: [views[one.name] for one in some],
+        lambda later: decodes,
+        100.0,
+    )
 
 
 def test_the_own_prefix_is_weighed_against_the_queue() -> None:
@@ -169,9 +179,9 @@ def test_decode_is_looked_at_when_the_prompt_will_be_computed() -> None:
         seen.append(seconds)
         return [decode("d")]
 
-    router().route(
-        Arrival(id="a", tokens=1000), [prefill("p", 2.0)], [Instance(name="d", side="decode")], later, 10.0
-    )
+    computers, writers = [Instance(name="p", side="prefill")], [Instance(name="d", side="decode")]
+    views = [prefill("p", 2.0)]
+    router().route(Arrival(id="a", tokens=1000), computers, writers, lambda some: views, later, 10.0)
     assert seen == [pytest.approx(3.0)]
 
 

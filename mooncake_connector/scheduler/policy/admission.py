@@ -201,7 +201,7 @@ class Gate:
 
     def _computing(self, route: Route) -> int:
         """How many engines compute prompts such as this one."""
-        return self._ledger.computing(self._ledger.instances[route.computes].side)
+        return len(self._ledger.computers(self._ledger.instances[route.computes].side))
 
     def _startable(self, route: Route) -> bool:
         """Whether the engine that is to compute the prompt has nothing to do."""

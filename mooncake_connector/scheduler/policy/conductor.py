@@ -258,7 +258,7 @@ class Conductor:
         """Its blocks are the index's to tell now, or nobody's."""
         if flight.underway:
             flight.underway = False
-            self._underway.end(flight.route.computes, flight.arrival.keys)
+            self._underway.end(flight.route.computes, flight.arrival.id, flight.arrival.keys)
 
     def _note(self, flight: Flight, now: float) -> None:
         """How much its decode engine has done up to now."""
@@ -312,8 +312,7 @@ class Conductor:
         waited: float,
         before: Sequence[Waiter],
     ) -> Route | Refusal:
-        aged = Ahead.of([waiter for waiter in before if waiter.aged(now)])
-        ahead = Ahead.of(before)
+        aged, ahead = Ahead.of([waiter for waiter in before if waiter.aged(now)]), Ahead.of(before)
         return self._gate.judge(arrival, route, answer, now, waited=waited, aged=aged, ahead=ahead)
 
     def _cost(self, tokens: int, route: Route, answer: Answer) -> float:
@@ -324,36 +323,39 @@ class Conductor:
         return route.seconds + writing * held
 
     def _route(self, arrival: Arrival, answer: Answer, now: float) -> Route | None:
-        ledger = self._ledger
+        ledger, size, keys = self._ledger, self._index.block_size, arrival.keys
+        matched = self._index.match(keys)
+        # An engine computes one token at least: the answer is sampled from it.
+        most = max(0, (arrival.tokens - 1) // size * size)
+
+        def prefills(of: Sequence[Instance]) -> Sequence[PrefillView]:
+            return [
+                self._prefill(instance, keys, matched.get(instance.name, 0), most, now) for instance in of
+            ]
 
         def decodes(later: float) -> Sequence[DecodeView]:
             return ledger.decode_at(now + later, now)
 
-        return self._router.route(
-            arrival, self._prefills(arrival, now), ledger.writers(), decodes, answer.mean
-        )
+        computers, writers = ledger.computers("prefill"), ledger.writers()
+        return self._router.route(arrival, computers, writers, prefills, decodes, answer.mean)
 
-    def _prefills(self, arrival: Arrival, now: float) -> Sequence[PrefillView]:
-        size, keys = self._index.block_size, arrival.keys
-        matched = self._index.match(keys)
-        # An engine computes one token at least: the answer is sampled from it.
-        most = max(0, (arrival.tokens - 1) // size * size)
-        views = []
-        for instance in self._ledger.computers():
-            name, queue = instance.name, self._ledger.prompts(instance.name)
-            held = matched.get(name, 0)
-            view = PrefillView(
-                name,
-                instance.group,
-                queue.seconds(now),
-                min(self._underway.reach(name, keys, held) * size, most),
-                min(held * size, most),
-                len(queue),
-                queue.tokens,
-                instance.receives,
-            )
-            views.append(view)
-        return views
+    def _prefill(
+        self, instance: Instance, keys: Sequence[int], held: int, most: int, now: float
+    ) -> PrefillView:
+        """An engine that holds so many blocks of a prompt of which `most` tokens need not be computed."""
+        name, size = instance.name, self._index.block_size
+        queue = self._ledger.prompts(name)
+        reach = self._underway.reach(name, keys, held)
+        return PrefillView(
+            name,
+            instance.group,
+            queue.seconds(now),
+            min(reach * size, most),
+            min(held * size, most),
+            len(queue),
+            queue.tokens,
+            instance.receives,
+        )
 
     def _place(self, arrival: Arrival, route: Route, answer: Answer, now: float, came: float) -> Placement:
         whole = route.computes == route.decode
@@ -379,6 +381,6 @@ class Conductor:
         )
         self._usage.add(arrival, self._cost(arrival.tokens, route, answer), now)
         self._flights[arrival.id] = Flight(arrival, route, answer, self._gate.margins(now), came, now)
-        self._underway.begin(route.computes, arrival.keys)
+        self._underway.begin(route.computes, arrival.id, arrival.keys)
         self._ledger.open(arrival.id, booking, now)
         return placement

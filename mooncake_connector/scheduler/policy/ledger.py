@@ -1,6 +1,5 @@
 """The books: what every engine was given and has not finished, and what that comes to at a later moment."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
@@ -196,13 +195,9 @@ class Ledger:
         """Engines that decode and may get requests."""
         return self._writers
 
-    def computers(self) -> Sequence[Instance]:
-        """Engines that may get prompts: all but those that are paused."""
-        return self._computers
-
-    def computing(self, side: Side) -> int:
-        """How many of `computers` are of one kind."""
-        return self._sides[side]
+    def computers(self, side: Side) -> Sequence[Instance]:
+        """Engines of one kind that may get prompts: all but those that are paused."""
+        return self._computers.get(side, ())
 
     def strictest(self, name: str) -> float:
         """The least seconds per token promised to one of its requests; infinite if it has none."""
@@ -236,8 +231,10 @@ class Ledger:
         """Note who may get what: it is asked far more often than it changes."""
         known, paused = self.instances, self._paused
         self._writers = [known[slot.name] for slot in self._answers.slots if slot.name not in paused]
-        self._computers = [instance for name, instance in known.items() if name not in paused]
-        self._sides = Counter(instance.side for instance in self._computers)
+        self._computers: dict[Side, list[Instance]] = {}
+        for name, instance in known.items():
+            if name not in paused:
+                self._computers.setdefault(instance.side, []).append(instance)
 
     def _taking(self, found: Occupancy) -> Occupancy:
         if not self._paused:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from mooncake_connector.scheduler.policy import block_keys
 from mooncake_connector.scheduler.policy.block_keys import Tokens
 
-# Blocks looked up at once: a prompt that nobody knows costs no more.
-_STRIDE = 256
+# Blocks looked up at once, from few to many: a prompt that nobody knows costs no more than the first.
+_STRIDE, _LONGEST_STRIDE = 16, 512
 ESTIMATED_BLOCKS = 1 << 16
 """Of an instance of which nothing is known."""
 
@@ -66,11 +66,12 @@ class PrefixIndex:
             KeyError: it has not joined.
         """
         bit, held, holders = self._names[name], self._held[name], self._holders
-        for key in keys:
+        fresh = [key for key in keys if key not in held]
+        for key in fresh:
             mask = holders.get(key)
             # Most blocks have one holder: their mask is one object.
             holders[key] = mask | bit if mask else bit
-            held.add(key)
+        held.update(fresh)
 
     def remove(self, name: str, keys: Iterable[int]) -> None:
         """An instance no longer holds these blocks; those it did not hold are no harm.
@@ -103,21 +104,25 @@ class PrefixIndex:
         Args:
             keys: of the prompt's blocks, one after the other.
         """
+        if not keys:
+            return {}
         alive = last = -1
         ended: list[tuple[int, int]] = []  # who fell out at which block
-        for start in range(0, len(keys), _STRIDE):
-            masks = list(map(self._holders.get, keys[start : start + _STRIDE]))
-            if masks.count(last) == len(masks):
-                continue
-            for at, mask in enumerate(masks, start):
-                if mask == last:
-                    continue
-                last = mask or 0
-                if gone := alive & ~last:
-                    ended.append((at, gone))
-                    alive &= last
-            if not alive:
-                break
+        start, stride = 0, _STRIDE
+        while start < len(keys) and alive:
+            masks = list(map(self._holders.get, keys[start : start + stride]))
+            if masks.count(last) < len(masks):
+                for at, mask in enumerate(masks, start):
+                    if mask == last:
+                        continue
+                    last = mask or 0
+                    if gone := alive & ~last:
+                        ended.append((at, gone))
+                        alive &= last
+                        if not alive:
+                            break
+            start += stride
+            stride = min(2 * stride, _LONGEST_STRIDE)
         ended.append((len(keys), alive))
         found = {}
         for name, bit in self._names.items():
@@ -143,8 +148,8 @@ class PrefixIndex:
         routed = self._routed.setdefault(name, OrderedDict())
         keys = keys[:limit]
         self.store(name, keys)
+        routed.update(dict.fromkeys(keys))
         for key in reversed(keys):
-            routed[key] = None
             routed.move_to_end(key)
-        while len(routed) > limit:
-            self.remove(name, (routed.popitem(last=False)[0],))
+        if len(routed) > limit:
+            self.remove(name, [routed.popitem(last=False)[0] for _ in range(len(routed) - limit)])

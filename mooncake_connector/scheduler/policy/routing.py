@@ -94,16 +94,19 @@ class Router:
     def route(
         self,
         arrival: Arrival,
-        prefills: Sequence[PrefillView],
+        computers: Sequence[Instance],
         writers: Sequence[Instance],
+        prefills: Callable[[Sequence[Instance]], Sequence[PrefillView]],
         decodes: Callable[[float], Sequence[DecodeView]],
         output: float,
     ) -> Route | None:
         """Engines for one request.
 
         Args:
-            prefills: every engine, as one that computes prompts: they all can.
-            writers: those that decode, `decodes` them as predicted for so many seconds from now.
+            computers: engines that compute prompts for others.
+            writers: those that decode: they can compute prompts, too.
+            prefills: some of both as engines that compute prompts.
+            decodes: `writers` as predicted for so many seconds from now.
             output: expected tokens of the answer.
 
         Returns:
@@ -114,24 +117,18 @@ class Router:
         if not fresh:
             return None
         groups = {writer.group for writer in fresh if writer.side == "decode"}
-        names = {writer.name for writer in writers}
-        paired = [
-            view
-            for view in prefills
-            if view.name not in names and view.group in groups and view.name not in arrival.avoid
-        ]
-        coupled = any(writer.side == "coupled" for writer in fresh)
+        paired = [one for one in computers if one.group in groups and one.name not in arrival.avoid]
         reason = arrival.alone
         if not reason and arrival.tokens < self._min_prefill_tokens:
             reason = "short_prompt"
         if not reason and not paired:
-            reason = "coupled" if coupled else "no_prefill"
+            reason = "coupled" if any(writer.side == "coupled" for writer in fresh) else "no_prefill"
         if reason:
-            own = {writer.name for writer in fresh}
-            starts = [self._start(view, arrival, None) for view in prefills if view.name in own]
+            starts = [self._start(view, arrival, None) for view in prefills(fresh)]
             return self._alone(arrival, starts, decodes(0.0), reason, output)
-        best = max(paired, key=lambda view: view.held)
-        start = self._first([self._start(view, arrival, best) for view in paired])
+        views = prefills(paired)
+        best = max(views, key=_held)
+        start = self._first([self._start(view, arrival, best) for view in views])
         group = start.view.group
         allowed = {writer.name for writer in fresh if writer.side == "decode" and writer.group == group}
         later = [view for view in decodes(start.ttft) if view.name in allowed]
@@ -230,6 +227,10 @@ class Router:
         )
 
 
+def _held(view: PrefillView) -> int:
+    return view.held
+
+
 def _ttft(start: Start) -> float:
     return start.ttft
 
@@ -253,5 +254,8 @@ def _requests_of(views: dict[str, DecodeView]) -> Callable[[Start], float]:
 def _least(choices: Sequence[T], load: Callable[[T], float], turn: Iterator[int]) -> T:
     loads = [load(choice) for choice in choices]
     low = min(loads)
+    if loads.count(low) == 1:
+        next(turn)
+        return choices[loads.index(low)]
     ties = [choice for choice, own in zip(choices, loads, strict=True) if own == low]
     return ties[next(turn) % len(ties)]

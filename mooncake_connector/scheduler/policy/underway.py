@@ -1,6 +1,6 @@
 """Prefixes that engines are going to hold: those of prompts which they were given and have not finished."""
 
-from collections import Counter
+from bisect import bisect_left
 from collections.abc import Sequence
 
 
@@ -12,35 +12,40 @@ class Underway:
     """
 
     def __init__(self) -> None:
-        self._blocks: dict[str, Counter[int]] = {}
+        # By engine and first key: most prompts have nothing in common.
+        self._prompts: dict[str, dict[int, dict[str, Sequence[int]]]] = {}
 
-    def begin(self, name: str, keys: Sequence[int]) -> None:
-        """An engine was given a prompt."""
+    def begin(self, name: str, id: str, keys: Sequence[int]) -> None:
+        """An engine was given a request's prompt."""
         if keys:
-            self._blocks.setdefault(name, Counter()).update(keys)
+            self._prompts.setdefault(name, {}).setdefault(keys[0], {})[id] = keys
 
-    def end(self, name: str, keys: Sequence[int]) -> None:
+    def end(self, name: str, id: str, keys: Sequence[int]) -> None:
         """It is done with it, however that ended."""
-        blocks = self._blocks.get(name)
-        if blocks is None:
+        prompts = self._prompts.get(name)
+        if not prompts or not keys or keys[0] not in prompts:
             return
-        for key in keys:
-            left = blocks[key] - 1
-            if left > 0:
-                blocks[key] = left
-            else:
-                blocks.pop(key, None)
-        if not blocks:
-            del self._blocks[name]
+        alike = prompts[keys[0]]
+        alike.pop(id, None)
+        if not alike:
+            del prompts[keys[0]]
 
     def leave(self, name: str) -> None:
         """An engine went, and its prompts with it."""
-        self._blocks.pop(name, None)
+        self._prompts.pop(name, None)
 
     def reach(self, name: str, keys: Sequence[int], held: int) -> int:
         """How many of a prompt's first blocks the engine will hold that holds `held` of them now."""
-        blocks = self._blocks.get(name)
-        if blocks:
-            while held < len(keys) and keys[held] in blocks:
-                held += 1
+        prompts = self._prompts.get(name)
+        if not prompts or held >= len(keys):
+            return held
+        for other in prompts.get(keys[0], {}).values():
+            if held < min(len(keys), len(other)) and keys[held] == other[held]:
+                held = _shared(keys, other, held + 1)
         return held
+
+
+def _shared(one: Sequence[int], other: Sequence[int], known: int) -> int:
+    """How many first keys of two prompts are equal, `known` of them known to be: keys are chained."""
+    most = min(len(one), len(other))
+    return bisect_left(range(most), True, known, most, key=lambda at: one[at] != other[at])
