@@ -175,32 +175,26 @@ def _prompt_tokens(prompt: msgspec.Raw) -> int:
 
 def _chat_tokens(messages: Sequence[Item]) -> int:
     # Only text counts: an image sent inline as base64 would look like a prompt of a million tokens.
+    total = 0
     try:
-        # A part of a message stands where a message would: Anthropic's `system`.
-        total = sum(
-            _length(item.text) + _length(item.content) + _length_of_parts(item.content)
-            for item in messages
-            if isinstance(item, Message)
-        )
+        for item in messages:
+            if not isinstance(item, Message):
+                continue
+            # A part of a message stands where a message would: Anthropic's `system`.
+            content = bytes(item.content)
+            total += _length(content) + _length(bytes(item.text))
+            for part in _items.decode(content) if content.startswith(b"[") else ():
+                total += _length(bytes(part.text)) if isinstance(part, Message) else 0
     except UNREADABLE:
         return 1
     return max(1, total // CHARS_PER_TOKEN)
 
 
-def _length_of_parts(content: msgspec.Raw) -> int:
-    if not _begins(content, b"["):
+def _length(text: bytes) -> int:
+    """Characters of a string, which is still encoded; of anything else none."""
+    if not text.startswith(b'"'):
         return 0
-    return sum(_length(part.text) for part in _items.decode(content) if isinstance(part, Message))
-
-
-def _length(text: msgspec.Raw) -> int:
-    """Characters of a string; of anything else none."""
-    if not _begins(text, b'"'):
-        return 0
-    encoded = bytes(text)
-    if encoded.isascii() and b"\\" not in encoded:
-        return len(encoded) - 2
-    return len(_string.decode(encoded))
+    return len(text) - 2 if text.isascii() and b"\\" not in text else len(_string.decode(text))
 
 
 def _begins(value: msgspec.Raw, mark: bytes) -> bool:
