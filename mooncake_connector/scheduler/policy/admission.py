@@ -323,13 +323,13 @@ class Gate:
                 predicted = max(predicted, mean)
             passed, before = stage, pace
             if slot.capacity:
-                full = need + share * max(slot.capacity - need, 0.0)
-                kv = Load("overload", (context + beyond + need) / slot.capacity, full / slot.capacity)
-                tightest = max(tightest, kv, key=_load_share)
+                taken, full = context + beyond + need, need + share * max(slot.capacity - need, 0.0)
+                if taken / full > tightest.share:
+                    tightest = Load("overload", taken / slot.capacity, full / slot.capacity)
         slowest = self._slowest(arrival, route.decode, share, now)
         # An engine that has nothing to do does what it can.
         tbt = Load("tbt", predicted, slowest if slot.requests else max(slowest, predicted))
-        return max(tbt, tightest, key=_load_share), mean
+        return tightest if tightest.share > tbt.share else tbt, mean
 
     def _wait(
         self, arrival: Arrival, route: Route, answer: Answer, share: float, now: float, ahead: Ahead
@@ -374,7 +374,3 @@ class Gate:
 def _area(arrival: Arrival, answer: Answer) -> float:
     """KV that an answer takes, times the steps for which it does."""
     return (arrival.tokens + answer.mean / 2) * answer.mean
-
-
-def _load_share(load: Load) -> float:
-    return load.share

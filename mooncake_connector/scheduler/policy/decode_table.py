@@ -124,16 +124,20 @@ class DecodeSlot:
         self._advance(now)
         self.batch += batch
         self._base = self._base + base if self.batch else 0.0
-        self.pace = max(1e-6, pace(self.name, max(1, self.batch), int(self.context(now))))
+        self.pace = max(1e-6, pace(self.name, self.batch or 1, int(self._attended())))
+
+    def _attended(self) -> float:
+        """Tokens of context at the moment that it was advanced to."""
+        return max(0.0, self._base + self.batch * self._steps) if self.batch else 0.0
 
     def _advance(self, now: float) -> None:
         elapsed = now - self._moment
         if elapsed <= 0:
             return
-        if self.batch:
-            self._batch_area += self.batch * elapsed
-            self._context_area += (self.context(self._moment) + self.context(now)) / 2 * elapsed
+        before = self._attended()
         self._steps += elapsed / self.pace
+        self._batch_area += self.batch * elapsed
+        self._context_area += (before + self._attended()) / 2 * elapsed
         self._moment = now
 
 
@@ -277,7 +281,7 @@ class DecodeTable:
 
     def strictest(self, name: str) -> float:
         """The least seconds per token promised to a request of this engine; infinite if it has none."""
-        return float(self._limit.take(self._of(name)).min(initial=np.inf))
+        return float(np.minimum.reduce(self._limit.take(self._of(name)), initial=math.inf))
 
     def lasting(self, moment: float, seconds: float, now: float) -> Occupancy:
         """Every engine at `moment` if each answer took `seconds`; those that begin until then, spread evenly.
@@ -319,7 +323,7 @@ class DecodeTable:
         tokens = np.where(np.isnan(tokens), wait / -pace, tokens)
         done = np.maximum(tokens, 0.0)
         left = np.add.reduce(self._ends[:, :rows] > done, 0)
-        if not left.all():
+        if np.count_nonzero(left) < rows:
             self._prolong((left == 0).nonzero()[0], done)
             left = np.add.reduce(self._ends[:, :rows] > done, 0)
         self._progress = Progress(now, pace, tokens, left)

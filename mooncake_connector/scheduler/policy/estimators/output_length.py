@@ -9,7 +9,7 @@ learned too: a feature that says nothing of the length comes to be ignored.
 
 import math
 from bisect import bisect_left
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from operator import neg
 
 import numpy as np
@@ -94,16 +94,20 @@ class Lengths:
         found, at = [], 0
         for share in shares:
             longer = (1 - share) * before
-            if longer <= 0:
-                found.append(max(most, generated))
-                continue
-            at = bisect_left(survival, -longer, at, key=neg)
-            length = 1
-            if at:
-                low, high, start = survival[at - 1], survival[at], EDGES[at - 1]
-                part = (low - longer) / (low - high) if low > high else 1.0
-                length = math.ceil(start + part * (EDGES[at] - start) - 1e-9)
-            found.append(max(min(max(length, generated + 1), most), generated))
+            length = most
+            if longer > 0:
+                at = bisect_left(survival, -longer, at, key=neg)
+                if at:
+                    low, high, start = survival[at - 1], survival[at], EDGES[at - 1]
+                    part = (low - longer) / (low - high) if low > high else 1.0
+                    length = math.ceil(start + part * (EDGES[at] - start) - 1e-9)
+                else:
+                    length = 1
+                if length <= generated:
+                    length = generated + 1
+                if length > most:
+                    length = most
+            found.append(length if length > generated else generated)
         return found
 
     def mean(self, generated: int = 0) -> float:
@@ -158,9 +162,16 @@ class OutputLengths:
         self._conversations: dict[Hashable, _Node] = {}
         self._strengths = [math.log(16.0)] * len(LEVELS)
         self._strengths[0] = math.log(PRIOR_OBSERVATIONS)
-        # Of the last path, by level: hazards, the prior's first, and how many ended and got there.
-        self._hazards, self._counts = np.ones((len(LEVELS) + 1, 2, BINS)), np.empty((len(LEVELS), 2, BINS))
+        # Of the last path, by level: hazards, the prior's first; how many ended and got there; pulls.
+        levels = len(LEVELS)
+        self._hazards, self._counts = np.ones((levels + 1, 2, BINS)), np.empty((levels, 2, BINS))
+        self._pulls = np.empty((levels, 1))
         self._hazards[0, 0] = _PRIOR
+        # A view costs as much as what is done with it.
+        self._views = [
+            (self._hazards[level], *self._counts[level], self._counts[level], self._hazards[level + 1, 0])
+            for level in range(levels)
+        ]
 
     def predict(self, arrival: Arrival) -> Lengths:
         """The length of the answer to a request that has just arrived."""
@@ -186,8 +197,8 @@ class OutputLengths:
             if key is not None
         ]
         known = [(level, node) for level, node in path if node.answers]
-        pulls = self._shrink(known)
-        for (level, _), slope in zip(known, self._slopes(pulls, at, cut), strict=True):
+        self._shrink(known)
+        for (level, _), slope in zip(known, self._slopes(len(known), at, cut), strict=True):
             if level:
                 moved = self._strengths[level] + LEARNING_RATE * max(-1.0, min(1.0, slope))
                 self._strengths[level] = max(WEAKEST, min(STRONGEST, moved))
@@ -198,30 +209,24 @@ class OutputLengths:
         """How many answers of its own a node of each level needs to count as much as its parent does."""
         return {level: math.exp(value) for level, value in zip(LEVELS, self._strengths, strict=True)}
 
-    def _shrink(self, path: Iterable[tuple[int, "_Node"]]) -> list[float]:
-        """Find the hazards of each node of a path, shrunk towards those of the one before it.
-
-        Returns:
-            What the parent weighs in each, in the units of its node.
-        """
-        pulls = []
+    def _shrink(self, path: Sequence[tuple[int, "_Node"]]) -> None:
+        """Find the hazards of each node of a path, shrunk towards those of the one before it."""
         for at, (level, node) in enumerate(path):
-            pull = math.exp(self._strengths[level]) * node.weight
-            counts = self._counts[at]
-            np.multiply(self._hazards[at], pull, out=counts)
-            counts += node.counts
-            np.divide(counts[0], counts[1], out=self._hazards[at + 1, 0])
-            pulls.append(pull)
-        return pulls
+            parent, ended, got_there, counts, hazards = self._views[at]
+            # What the parent weighs, in the units of the node.
+            pull = self._pulls[at, 0] = math.exp(self._strengths[level]) * node.weight
+            np.multiply(parent, pull, counts)
+            np.add(counts, node.counts, counts)
+            np.divide(ended, got_there, hazards)
 
-    def _slopes(self, pulls: list[float], at: int, cut: bool) -> list[float]:
+    def _slopes(self, count: int, at: int, cut: bool) -> list[float]:
         """By how much an answer's log-likelihood grows with the logarithm of each strength of a path.
 
-        `_shrink` was told the path; the answer ended in bin `at`, or was cut off there.
+        `_shrink` was told the path, of `count` nodes; the answer ended in bin `at`, or was cut off there.
         """
-        count, bins = len(pulls), at + 1
+        bins = at + 1
         parents, shrunk = self._hazards[:count, 0, :bins], self._hazards[1 : count + 1, 0, :bins]
-        change = (parents - shrunk) * np.array(pulls)[:, None] / self._counts[:count, 1, :bins]
+        change = (parents - shrunk) * self._pulls[:count] / self._counts[:count, 1, :bins]
         slopes = -np.add.reduce(change[:, :at] / (1 - shrunk[:, :at]), 1)
         if not cut:
             slopes += change[:, at] / shrunk[:, at]
