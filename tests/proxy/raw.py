@@ -265,7 +265,7 @@ def left(setting: Setting) -> list[str]:
     books = {
         "bookings": conductor._ledger._bookings,
         "flights": conductor._flights,
-        "blocks": conductor._underway._blocks,
+        "prompts": [prompts for prompts in conductor._underway._prompts.values() if prompts],
         "waiters": conductor._line._waiters,
         "futures": proxy.steering._waiting,
     }
