@@ -171,7 +171,7 @@ class _Connection(asyncio.Protocol):
         self._headers: CIMultiDict[str] = CIMultiDict()
         self._reading_head = True
         self._head_size = self._loose = 0
-        self._paused = False
+        self._paused = self._progress = False
 
     async def ask(self, head: bytes, body: bytes) -> Response:
         """See `EngineClient.post`."""
@@ -227,12 +227,14 @@ class _Connection(asyncio.Protocol):
         self._transport = transport  # type: ignore[assignment]  # uvloop's are no subclass
 
     def data_received(self, data: bytes) -> None:
-        self._loose += len(data)
+        self._progress = False
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(f"what it sent breaks HTTP ({type(error).__name__})")
             return
+        # Neither a chunk's extensions nor a header's value may go on for ever.
+        self._loose = 0 if self._progress else self._loose + len(data)
         if self._loose > MOST_HEAD:
             self._fail(TOO_LARGE)
 
@@ -268,14 +270,14 @@ class _Connection(asyncio.Protocol):
         if 100 <= status < 200 and status != 101:
             return
         self._reading_head = False
-        self._loose = 0
+        self._progress = True
         head, self._head = self._head, None
         if head and not head.done():
             self._response = Response(self, status, self._headers)
             head.set_result(self._response)
 
     def on_body(self, piece: bytes) -> None:
-        self._loose = 0
+        self._progress = True
         if self._response:
             self._response.feed(piece)
 
@@ -284,7 +286,6 @@ class _Connection(asyncio.Protocol):
         if response is None:
             return
         self._response = None
-        self._loose = 0
         response.end()
         if self._parser.should_keep_alive() and self._transport and not self._transport.is_closing():
             self.resume()
