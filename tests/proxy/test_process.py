@@ -103,6 +103,7 @@ async def test_load_balancers_see_that_it_goes_and_lose_nothing(engines: tuple[F
                     async with http.get("/health") as reply:
                         if reply.status == 503 and (await reply.json())["status"] == "draining":
                             break
+                    await asyncio.sleep(0.02)
             async with http.post("/v1/completions", json={"model": MODEL, "prompt": "a"}) as reply:
                 assert reply.status == 200
                 assert reply.headers["Connection"] == "close"
