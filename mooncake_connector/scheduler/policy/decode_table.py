@@ -204,8 +204,8 @@ class DecodeTable:
         self._lengths.append(answer.lengths)
         self._engine[row] = number = self._number[name]
         whole = prompt + answer.mean
-        floor = -math.inf if sure else 0.0
-        self._cells[:, row] = (prompt, joins, floor, math.nan, limit, whole, *answer.ends)
+        ahead = math.inf if sure else 0.0
+        self._cells[:, row] = (prompt, joins, ahead, math.nan, limit, whole, *answer.ends)
         self._slots[number].requests += 1
         self._slots[number].committed += whole
         self._progress = None
@@ -213,8 +213,10 @@ class DecodeTable:
 
     def joins(self, id: str, moment: float) -> None:
         """Another prediction of when it begins; of no account once it has begun."""
-        self._joins[self._rows[id]] = moment
-        self._progress = None
+        row = self._rows[id]
+        if math.isnan(self._start.item(row)):
+            self._joins[row] = moment
+            self._progress = None
 
     def place(self, id: str, tokens: float, now: float) -> None:
         """It has so many tokens: the first such call begins it. Less than none: it begins later."""
@@ -224,6 +226,7 @@ class DecodeTable:
         start = slot.steps(now) - tokens
         self._start[row] = start
         if math.isnan(before):
+            self._joins[row] = math.inf
             slot.change(1, self._prompt.item(row) - start, now, self._pace)
         else:
             slot.change(0, before - start, now, self._pace)
@@ -261,8 +264,8 @@ class DecodeTable:
         share *= tokens >= 0
         number = self._engine[:rows]
         return Occupancy(
-            np.bincount(number, share, count).astype(float),
-            np.bincount(number, share * (self._prompt[:rows] + tokens), count).astype(float),
+            np.bincount(number, share, count).astype(float, copy=False),
+            np.bincount(number, share * (self._prompt[:rows] + tokens), count).astype(float, copy=False),
         )
 
     def over(self, name: str, moments: Sequence[float], now: float) -> Forecast:
@@ -318,9 +321,9 @@ class DecodeTable:
             return self._progress
         rows = len(self)
         steps, pace = self._clocks(now).take(self._engine[:rows], 1)
-        wait = np.maximum(self._joins[:rows] - now, self._floor[:rows])
-        tokens = steps - self._start[:rows]
-        tokens = np.where(np.isnan(tokens), wait / -pace, tokens)
+        # Of those that have begun the one is infinitely little, of the others the other one is not a number.
+        predicted = np.minimum(now - self._joins[:rows], self._ahead[:rows]) / pace
+        tokens = np.fmax(predicted, steps - self._start[:rows])
         done = np.maximum(tokens, 0.0)
         left = np.add.reduce(self._ends[:, :rows] > done, 0)
         if np.count_nonzero(left) < rows:
@@ -348,5 +351,5 @@ class DecodeTable:
 
     def _lay(self, engine: NDArray[np.intp], cells: Floats) -> None:
         self._engine, self._cells = engine, cells
-        self._prompt, self._joins, self._floor, self._start, self._limit, self._whole = cells[:6]
+        self._prompt, self._joins, self._ahead, self._start, self._limit, self._whole = cells[:6]
         self._ends = cells[6:]

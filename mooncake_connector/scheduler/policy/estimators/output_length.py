@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from operator import neg
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -262,7 +263,8 @@ class OutputLengths:
         return node
 
 
-class _Node:
+# There are many, and nothing in them refers to anything: the garbage collector has no business here.
+class _Node(msgspec.Struct, gc=False):
     """What came of the answers of one kind: by bin how many ended there, and how many got there.
 
     Attributes:
@@ -272,11 +274,10 @@ class _Node:
         counts: how many ended, and how many got there, [2, bins].
     """
 
-    __slots__ = ("answers", "counts", "last", "weight")
-
-    def __init__(self) -> None:
-        self.answers, self.last, self.weight = 0.0, 0, 1.0
-        self.counts = np.zeros((2, BINS))
+    answers: float = 0.0
+    last: int = 0
+    weight: float = 1.0
+    counts: Array = msgspec.field(default_factory=lambda: np.zeros((2, BINS)))
 
     def add(self, at: int, cut: bool, *, spread: bool) -> None:
         """One answer ended in bin `at`, or was cut off there; `spread`: bins around count, too."""
