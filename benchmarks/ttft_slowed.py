@@ -15,6 +15,7 @@ from benchmarks.gpu_switch import label
 from benchmarks.report import Row, not_run, row
 from benchmarks.ttft_client import body, stream, whole
 from benchmarks.ttft_measures import FAILURES, OURS, QUIET, SINGLE, Bench, Rows, percentile, said
+from mooncake_connector.scheduler.engines.client import EngineClient
 from mooncake_connector.scheduler.engines.vllm import VllmEngine
 from mooncake_connector.scheduler.proxy.openai import COMPLETIONS, ClientRequest
 
@@ -62,7 +63,7 @@ async def prefill_slowed(
         switch: has the prefill engine use other settings.
     """
     driver = VllmEngine()
-    info = await driver.probe(bench.session, prefill)
+    info = await driver.probe(EngineClient(connect_timeout=5.0), prefill)
     streaming = {label(settings): settings for settings in variants} if switch else {STREAMING: {}}
     failed: dict[str, str] = {}
     for length, times in zip(bench.scale.lengths, ROUNDS, strict=True):

@@ -6,7 +6,6 @@ import json
 import socket
 from collections.abc import Iterator
 
-import aiohttp
 import pytest
 from aiohttp import web
 
@@ -111,7 +110,7 @@ async def test_what_waits_for_an_engine_that_went_deaf_is_ended(
     monkeypatch.setattr(deadlines, "LOOK", 0.1)
     engines = [Deaf("kv_consumer"), Deaf("kv_consumer")]
     setting = await start(1, engines, down_timeout=0.4)
-    setting.proxy._engine._check_timeout = aiohttp.ClientTimeout(total=0.1)
+    setting.proxy._engine._check_timeout = 0.1
     for engine in engines:
         engine.gap = 60.0 if streaming else 0.0
         engine.delay = 0.0 if streaming else 60.0

@@ -1,12 +1,11 @@
 """What the proxy asks of an engine: a probe, and the bodies that make it prefill or decode."""
 
-import os
 from typing import Any, Protocol
 
-import aiohttp
 import msgspec
 
 from mooncake_connector.errors import MooncakeError
+from mooncake_connector.scheduler.engines.client import EngineClient
 from mooncake_connector.scheduler.proxy.openai import ClientRequest
 
 # What the connector's own handshake compares: a pair that it would refuse is never tried.
@@ -108,25 +107,20 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
 def told(error: BaseException) -> str:
     """What went wrong on the way to an engine, in few words."""
-    if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno:
-        return f"can't connect: {os.strerror(error.os_error.errno)}"
-    if isinstance(error, aiohttp.ClientResponseError | aiohttp.ClientPayloadError):
-        # Their text repeats bytes of an answer.
-        return f"what it sent breaks HTTP ({type(error).__name__})"
     return str(error) or type(error).__name__
 
 
 class Engine(Protocol):
     """How one kind of engine is driven. The proxy holds one driver for all its instances."""
 
-    async def health(self, session: aiohttp.ClientSession, url: str) -> None:
+    async def health(self, client: EngineClient, url: str) -> None:
         """Cheap sign of life.
 
         Raises:
             EngineUnready: it isn't there or isn't well.
         """
 
-    async def probe(self, session: aiohttp.ClientSession, url: str) -> EngineInfo:
+    async def probe(self, client: EngineClient, url: str) -> EngineInfo:
         """One-token request that its connector answers with its address and shape.
 
         Raises:

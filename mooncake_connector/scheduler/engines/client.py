@@ -64,10 +64,17 @@ class EngineClient:
         self._tls: ssl.SSLContext | None = None
 
     async def post(self, url: str, path: str, body: bytes, headers: Mapping[str, str]) -> Response:
-        """The answer to a request, once its headers are there.
+        """See `request`."""
+        return await self.request("POST", url, path, body, headers)
+
+    async def request(
+        self, method: str, url: str, path: str, body: bytes, headers: Mapping[str, str]
+    ) -> Response:
+        """The answer to a request, once its headers are there. Nobody is followed to where they redirect.
 
         Args:
-            url: the engine's base URL, `path` what follows it.
+            method: not HEAD.
+            url: the engine's base URL, `path` what follows it, as it is sent.
             headers: none of them hop-by-hop, without the body's length.
 
         Raises:
@@ -76,10 +83,11 @@ class EngineClient:
             ValueError: a header's value has a line break.
         """
         there = origin(url)
-        lines = [f"POST {there.path}{path} HTTP/1.1\r\nHost: {there.netloc}"]
+        lines = [f"{method} {there.path}{path} HTTP/1.1\r\nHost: {there.netloc}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        lines.append(f"Content-Length: {len(body)}\r\n\r\n")
-        head = "\r\n".join(lines)
+        if body or method == "POST":
+            lines.append(f"Content-Length: {len(body)}")
+        head = "\r\n".join(lines) + "\r\n\r\n"
         if head.count("\n") != len(lines) + 2 or head.count("\r") != len(lines) + 2:
             raise ValueError("a header's value has a line break")
         connection = self._kept(there) or await self._connect(there)

@@ -5,9 +5,8 @@ import logging
 from collections.abc import Callable
 from typing import Self
 
-import aiohttp
-
 from mooncake_connector.scheduler.engines.base import Engine, EngineUnready
+from mooncake_connector.scheduler.engines.client import EngineClient
 from mooncake_connector.scheduler.engines.pool import Instance, Pool
 
 log = logging.getLogger(__name__)
@@ -30,7 +29,7 @@ class Prober:
         self,
         pool: Pool,
         engine: Engine,
-        session: aiohttp.ClientSession,
+        client: EngineClient,
         *,
         check_seconds: float,
         probe_seconds: float,
@@ -38,7 +37,7 @@ class Prober:
     ) -> None:
         self._pool = pool
         self._engine = engine
-        self._session = session
+        self._client = client
         self._check_seconds = check_seconds
         self._probe_seconds = probe_seconds
         self._down_seconds = down_seconds
@@ -77,11 +76,11 @@ class Prober:
             try:
                 if not instance.up or instance.suspicion.is_set() or idle or wrong:
                     instance.suspicion.clear()
-                    instance.mark_up(await self._engine.probe(self._session, instance.url))
+                    instance.mark_up(await self._engine.probe(self._client, instance.url))
                     self._pool.mismatches()
                     probed = clock()
                 else:
-                    await self._engine.health(self._session, instance.url)
+                    await self._engine.health(self._client, instance.url)
                 misses, wrong = 0, False
             except EngineUnready as error:
                 misses += 1
@@ -113,7 +112,7 @@ class Prober:
     async def _answers(self, instance: Instance) -> bool:
         """Whether it is well but for the probe, as an engine is that has too much to do."""
         try:
-            await self._engine.health(self._session, instance.url)
+            await self._engine.health(self._client, instance.url)
         except EngineUnready:
             return False
         return True

@@ -1,12 +1,15 @@
 """vLLM's OpenAI server, with MooncakePushConnector loaded."""
 
+import asyncio
 import re
+from contextlib import closing
 from typing import Any
 
-import aiohttp
 import msgspec
 
 from mooncake_connector.scheduler.engines.base import EngineInfo, EngineUnready, told
+from mooncake_connector.scheduler.engines.client import EngineClient
+from mooncake_connector.scheduler.engines.response import Broken, Unreachable
 from mooncake_connector.scheduler.proxy.openai import (
     CHAT,
     COMPLETIONS,
@@ -85,24 +88,24 @@ class VllmEngine:
 
     def __init__(self, *, api_key: str = "", check_timeout: float = 5.0, probe_timeout: float = 30.0) -> None:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._check_timeout = aiohttp.ClientTimeout(total=check_timeout)
-        self._probe_timeout = aiohttp.ClientTimeout(total=probe_timeout)
+        self._check_timeout = check_timeout
+        self._probe_timeout = probe_timeout
 
-    async def health(self, session: aiohttp.ClientSession, url: str) -> None:
-        await self._call(session, "GET", f"{url}/health", self._check_timeout)
+    async def health(self, client: EngineClient, url: str) -> None:
+        await self._call(client, "GET", url, "/health", self._check_timeout)
 
-    async def probe(self, session: aiohttp.ClientSession, url: str) -> EngineInfo:
-        await self._call(session, "GET", f"{url}/health", self._check_timeout)
+    async def probe(self, client: EngineClient, url: str) -> EngineInfo:
+        await self._call(client, "GET", url, "/health", self._check_timeout)
         try:
             models = msgspec.json.decode(
-                await self._call(session, "GET", f"{url}/v1/models", self._probe_timeout)
+                await self._call(client, "GET", url, "/v1/models", self._probe_timeout)
             )
             model = models["data"][0]["id"]
             adapters = tuple(each["id"] for each in models["data"] if each.get("parent"))
         except (*UNREADABLE, LookupError, TypeError, AttributeError):
             raise EngineUnready(f"{url}/v1/models names no model: is this a vLLM server?") from None
         body = {"model": model, "prompt": [0], "max_tokens": 1, "kv_transfer_params": {"probe": True}}
-        answer = await self._call(session, "POST", f"{url}{COMPLETIONS}", self._probe_timeout, body)
+        answer = await self._call(client, "POST", url, COMPLETIONS, self._probe_timeout, body)
         found = self.prefill_params(answer)
         if found is None:
             raise EngineUnready(f"no mooncake connector is loaded: {CONNECTOR_MEND}")
@@ -204,28 +207,31 @@ class VllmEngine:
 
     async def _call(
         self,
-        session: aiohttp.ClientSession,
+        client: EngineClient,
         method: str,
         url: str,
-        limit: aiohttp.ClientTimeout,
+        path: str,
+        seconds: float,
         body: dict[str, Any] | None = None,
     ) -> bytes:
+        headers = self._headers if body is None else self._headers | {"Content-Type": "application/json"}
+        sent = b"" if body is None else msgspec.json.encode(body)
         try:
-            async with session.request(
-                method, url, json=body, headers=self._headers, timeout=limit, allow_redirects=False
-            ) as reply:
-                answer = await reply.read()
+            async with asyncio.timeout(seconds):
+                with closing(await client.request(method, url, path, sent, headers)) as reply:
+                    answer = await reply.read()
         except TimeoutError:
-            raise EngineUnready(f"{url} did not answer within {limit.total:g} s", late=True) from None
-        except (aiohttp.ClientError, OSError) as error:
-            gone = isinstance(error, aiohttp.ClientConnectorError)
-            raise EngineUnready(f"{url}: {told(error)}", gone=gone) from None
+            raise EngineUnready(f"{url}{path} did not answer within {seconds:g} s", late=True) from None
+        except Broken as error:
+            raise EngineUnready(f"{url}{path}: {told(error)}", gone=isinstance(error, Unreachable)) from None
         if reply.status == 401:
             raise EngineUnready(
-                f"{url} wants an API key: set MOONCAKE_PROXY_ENGINE_API_KEY to the engine's --api-key"
+                f"{url}{path} wants an API key: set MOONCAKE_PROXY_ENGINE_API_KEY to the engine's --api-key"
             )
         if reply.status != 200:
-            raise EngineUnready(f"{url} answered {reply.status}: {answer[:200].decode(errors='replace')}")
+            raise EngineUnready(
+                f"{url}{path} answered {reply.status}: {answer[:200].decode(errors='replace')}"
+            )
         return answer
 
 

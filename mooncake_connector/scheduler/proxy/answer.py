@@ -3,13 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
-import aiohttp
 import msgspec
 
 from mooncake_connector.errors import MooncakeError
 from mooncake_connector.scheduler.engines.base import told
 from mooncake_connector.scheduler.engines.pool import Lease
-from mooncake_connector.scheduler.engines.response import Broken, Response, Sink, Unreachable
+from mooncake_connector.scheduler.engines.response import Broken, Response, Sink
 from mooncake_connector.scheduler.policy.base import Rejected
 from mooncake_connector.scheduler.proxy.deadlines import Stall
 from mooncake_connector.scheduler.proxy.first_token import Early, Mismatch, Splice
@@ -18,8 +17,7 @@ from mooncake_connector.scheduler.proxy.progress import StreamCount, read_whole
 from mooncake_connector.scheduler.proxy.rejection import explain
 from mooncake_connector.scheduler.proxy.timeline import Timeline
 
-BROKEN = (Broken, aiohttp.ClientError, OSError, TimeoutError)
-UNREACHABLE = (Unreachable, aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+BROKEN = (Broken, TimeoutError)
 
 
 class Reply(msgspec.Struct, frozen=True):

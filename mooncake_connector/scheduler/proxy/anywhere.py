@@ -4,17 +4,17 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from http import HTTPStatus
 
-import aiohttp
 import msgspec
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
-from yarl import URL
 
 from mooncake_connector.errors import MooncakeError
 from mooncake_connector.scheduler.engines.base import told
+from mooncake_connector.scheduler.engines.client import EngineClient
 from mooncake_connector.scheduler.engines.pool import Instance, Lease, Pool, Side
+from mooncake_connector.scheduler.engines.response import Broken, Response, Unreachable
 from mooncake_connector.scheduler.proxy.access import ACCESS
-from mooncake_connector.scheduler.proxy.answer import BROKEN, UNREACHABLE, StreamBroken
+from mooncake_connector.scheduler.proxy.answer import BROKEN, StreamBroken
 from mooncake_connector.scheduler.proxy.body import read_body
 from mooncake_connector.scheduler.proxy.deadlines import Deadlines, Within
 from mooncake_connector.scheduler.proxy.errors import error_answer
@@ -57,7 +57,7 @@ class Anywhere:
         self,
         pool: Pool,
         stored: Stored,
-        session: aiohttp.ClientSession,
+        client: EngineClient,
         metrics: ProxyMetrics,
         *,
         max_retries: int,
@@ -66,7 +66,7 @@ class Anywhere:
     ) -> None:
         self._pool = pool
         self._stored = stored
-        self._session = session
+        self._client = client
         self._metrics = metrics
         self._attempts = 1 + max_retries
         self._budget = budget
@@ -176,22 +176,19 @@ class Anywhere:
             # Aborts the request there, if this is not the answer's end.
             reply.close()
 
-    async def _open(
-        self, call: _Call, instance: Instance, lease: Lease
-    ) -> tuple[aiohttp.ClientResponse, bytes]:
+    async def _open(self, call: _Call, instance: Instance, lease: Lease) -> tuple[Response, bytes]:
         """The answer, and its first bytes: all of them unless it is a stream."""
-        reply: aiohttp.ClientResponse | None = None
+        reply: Response | None = None
         opened = False
         try:
-            url = URL(instance.url + call.path, encoded=True)
             async with Within(self._deadlines.first_byte, lease):
-                reply = await self._session.request(
-                    call.method, url, data=call.body or None, headers=call.headers, allow_redirects=False
+                reply = await self._client.request(
+                    call.method, instance.url, call.path, call.body, call.headers
                 )
                 if reply.status < 200 or 300 <= reply.status < 400:
                     # An upgrade, or a redirect to where only engines are reached: nothing for clients.
-                    raise aiohttp.ClientPayloadError(f"answered {reply.status}, which is no answer")
-                first = await (reply.content.readany() if _streamed(reply) else reply.read())
+                    raise Broken(f"answered {reply.status}, which is no answer")
+                first = await (reply.readany() if _streamed(reply) else reply.read())
             # 501 is vLLM's way to say that the model can't do it: no other engine could.
             if reply.status >= 500 and reply.status != HTTPStatus.NOT_IMPLEMENTED:
                 lease.doubt(f"answered {reply.status}")
@@ -201,20 +198,20 @@ class Anywhere:
             opened = True
             return reply, first
         except BROKEN as error:
-            lease.failed(told(error), gone=isinstance(error, UNREACHABLE))
+            lease.failed(told(error), gone=isinstance(error, Unreachable))
             raise _Failed(f"{instance.url} failed: {told(error)}") from None
         finally:
             if reply and not opened:
                 reply.close()
 
     async def _chunks(
-        self, instance: Instance, lease: Lease, first: bytes, reply: aiohttp.ClientResponse
+        self, instance: Instance, lease: Lease, first: bytes, reply: Response
     ) -> AsyncIterator[bytes]:
         yield first
         try:
             while True:
                 async with Within(self._deadlines.chunk, lease):
-                    chunk = await reply.content.readany()
+                    chunk = await reply.readany()
                 if not chunk:
                     return
                 yield chunk
@@ -223,5 +220,5 @@ class Anywhere:
             raise StreamBroken(f"{instance.url} broke off: {told(error)}") from None
 
 
-def _streamed(reply: aiohttp.ClientResponse) -> bool:
+def _streamed(reply: Response) -> bool:
     return reply.status == 200 and reply.content_type == EVENTS

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 
-import aiohttp
 import msgspec
 import prometheus_client
 from aiohttp import hdrs, web
@@ -12,7 +11,6 @@ from aiohttp import hdrs, web
 from mooncake_connector.errors import ConfigError
 from mooncake_connector.scheduler.engines.base import Engine
 from mooncake_connector.scheduler.engines.client import EngineClient
-from mooncake_connector.scheduler.engines.connections import connector
 from mooncake_connector.scheduler.engines.holdings import Holdings
 from mooncake_connector.scheduler.engines.pool import Instance, Pool
 from mooncake_connector.scheduler.engines.probe import Prober
@@ -83,6 +81,7 @@ class Proxy:
         self._engine = engine or VllmEngine(
             api_key=settings.engine_api_key, probe_timeout=settings.probe_timeout
         )
+        self._client = EngineClient(settings.connect_timeout)
         self._callers = Callers(settings)
         self._membership = Membership(self.pool)
         self._certificate = Certificate(settings.tls_cert, settings.tls_key) if settings.tls_cert else None
@@ -117,50 +116,41 @@ class Proxy:
             ConfigError: the address can't be listened on.
         """
         settings = self.settings
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout)
-        async with aiohttp.ClientSession(
-            connector=connector(),
-            timeout=timeout,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT_ENCODING),
-        ) as self._session:
-            client = EngineClient(settings.connect_timeout)
-            steering = self.steering = self._steer()
-            self._dispatcher = Dispatcher(
-                self.pool,
-                steering,
-                self._engine,
-                client,
-                self.metrics,
-                # Who is rejected once the prompt is computed must not be with decode by then.
-                order="serial" if settings.scheduling.admission == "baseline" else settings.order,
-                first_token=settings.first_token,
-                max_retries=settings.max_retries,
-                budget=self.budget,
-                deadlines=self.deadlines,
-            )
-            prober = Prober(
-                self.pool,
-                self._engine,
-                self._session,
-                check_seconds=settings.check_seconds,
-                probe_seconds=settings.probe_seconds,
-                down_seconds=settings.down_timeout,
-            )
-            async with AsyncExitStack() as stack:
-                stack.callback(client.close)
-                stack.callback(self._tokens.close)
-                stack.push_async_callback(self._holdings.close)
-                stack.callback(steering.close)
-                stack.push_async_callback(self._dispatcher.close)
-                await stack.enter_async_context(prober)
-                stack.push_async_callback(self._membership.close)
-                if settings.admin_keys:
-                    admin = Admin(self._in_force, self.pool, self._membership, self._reloader)
-                    self.followers.append(admin.configure)
-                    self.admin_port = await self._listen(stack, admin.application(), "admin_")
-                yield await self._listen(stack, self._application())
+        steering = self.steering = self._steer()
+        self._dispatcher = Dispatcher(
+            self.pool,
+            steering,
+            self._engine,
+            self._client,
+            self.metrics,
+            # Who is rejected once the prompt is computed must not be with decode by then.
+            order="serial" if settings.scheduling.admission == "baseline" else settings.order,
+            first_token=settings.first_token,
+            max_retries=settings.max_retries,
+            budget=self.budget,
+            deadlines=self.deadlines,
+        )
+        prober = Prober(
+            self.pool,
+            self._engine,
+            self._client,
+            check_seconds=settings.check_seconds,
+            probe_seconds=settings.probe_seconds,
+            down_seconds=settings.down_timeout,
+        )
+        async with AsyncExitStack() as stack:
+            stack.callback(self._client.close)
+            stack.callback(self._tokens.close)
+            stack.push_async_callback(self._holdings.close)
+            stack.callback(steering.close)
+            stack.push_async_callback(self._dispatcher.close)
+            await stack.enter_async_context(prober)
+            stack.push_async_callback(self._membership.close)
+            if settings.admin_keys:
+                admin = Admin(self._in_force, self.pool, self._membership, self._reloader)
+                self.followers.append(admin.configure)
+                self.admin_port = await self._listen(stack, admin.application(), "admin_")
+            yield await self._listen(stack, self._application())
 
     async def _listen(self, stack: AsyncExitStack, app: web.Application, which: str = "") -> int:
         """Serve until the stack is closed; returns the port. `which` names its settings."""
@@ -185,12 +175,12 @@ class Proxy:
         middlewares = [openai_errors, AccessLog(self._in_force).written, self._callers.known]
         app = web.Application(middlewares=middlewares)
         app[IN_FORCE] = self._in_force
-        stored = Stored(self.pool, self._session)
+        stored = Stored(self.pool, self._client)
         generation = Generation(self.pool, self._arrivals, stored, self._dispatcher, self.metrics)
         anywhere = Anywhere(
             self.pool,
             stored,
-            self._session,
+            self._client,
             self.metrics,
             max_retries=self.settings.max_retries,
             budget=self.budget,

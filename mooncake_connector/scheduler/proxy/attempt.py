@@ -13,10 +13,9 @@ from aiohttp import hdrs
 from mooncake_connector.scheduler.engines.base import Engine, told
 from mooncake_connector.scheduler.engines.client import EngineClient
 from mooncake_connector.scheduler.engines.pool import Instance, Lease, Pool
-from mooncake_connector.scheduler.engines.response import Broken, Response
+from mooncake_connector.scheduler.engines.response import Broken, Response, Unreachable
 from mooncake_connector.scheduler.proxy.answer import (
     BROKEN,
-    UNREACHABLE,
     Answer,
     DecodeFailed,
     Overloaded,
@@ -171,7 +170,7 @@ class Attempt:
                         await self._read_early(source, lease, reply, early)
                     answer = await reply.read()
         except BROKEN as error:
-            lease.failed(told(error), gone=isinstance(error, UNREACHABLE))
+            lease.failed(told(error), gone=isinstance(error, Unreachable))
             raise PrefillFailed(f"prefill {source.url} failed: {told(error)}") from None
         finally:
             if early and not early.done():
@@ -243,7 +242,7 @@ class Attempt:
             lease.served()
             return self._answer(reply, first, streamed)
         except BROKEN as error:
-            lease.failed(told(error), gone=isinstance(error, UNREACHABLE))
+            lease.failed(told(error), gone=isinstance(error, Unreachable))
             raise DecodeFailed(f"decode {decode.url} failed: {told(error)}") from None
         finally:
             if reply and not opened:
