@@ -72,6 +72,8 @@ class EngineClient:
     ) -> Response:
         """The answer to a request, once its headers are there. Nobody is followed to where they redirect.
 
+        Where a connection is kept, the request is sent before anything is waited for.
+
         Args:
             method: not HEAD.
             url: the engine's base URL, `path` what follows it, as it is sent.

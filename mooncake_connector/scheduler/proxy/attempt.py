@@ -1,8 +1,8 @@
 """One attempt at a request: the calls to the prefill and the decode engine that it was given."""
 
 import asyncio
+import os
 import time
-import uuid
 from collections.abc import Callable, Coroutine
 from contextlib import closing
 from typing import Any
@@ -26,6 +26,7 @@ from mooncake_connector.scheduler.proxy.arrivals import Asked
 from mooncake_connector.scheduler.proxy.aside import Aside
 from mooncake_connector.scheduler.proxy.copies import Copies
 from mooncake_connector.scheduler.proxy.deadlines import Deadlines, Within
+from mooncake_connector.scheduler.proxy.ended_by import EndedBy
 from mooncake_connector.scheduler.proxy.first_token import Early, EarlyReader, eligible
 from mooncake_connector.scheduler.proxy.journey import Journey
 from mooncake_connector.scheduler.proxy.metrics import ProxyMetrics
@@ -34,7 +35,6 @@ from mooncake_connector.scheduler.proxy.progress import PrefillTimes
 from mooncake_connector.scheduler.proxy.sse import EVENTS, Events
 from mooncake_connector.scheduler.proxy.timeline import Timeline
 
-REFUSAL_GRACE = 1.0
 RETRY_PAUSE = 0.1
 
 
@@ -73,7 +73,7 @@ class Attempt:
         self._timeline = timeline
         self._decode = up.pool[journey.placement.decode]
         self._lease = self._decode.lease(asked.arrival.tokens)
-        self._transfer_id = uuid.uuid4().hex
+        self._transfer_id = os.urandom(16).hex()
         self._early: asyncio.Future[Early | None] | None = None
         self.doubted: list[Lease] = []
 
@@ -88,7 +88,6 @@ class Attempt:
         choice, request, engine = self._journey.placement, self._asked.request, self._up.engine
         source = self._up.pool[choice.prefill] if choice.prefill else None
         prefill: asyncio.Task[bytes] | None = None
-        opening: asyncio.Task[Answer] | None = None
         answer: Answer | None = None
         taken: Callable[[], None] = _nothing
         try:
@@ -110,8 +109,8 @@ class Attempt:
                     params = engine.prefill_params(await prefill) or (params if wished else None)
             body = engine.decode_body(request, params) if params else request.raw
             self._timeline.mark("decode_sent")
-            opening = asyncio.create_task(self._open(body))
-            answer = await _first(prefill, opening)
+            async with EndedBy(prefill):
+                answer = await self._open(body)
             answer.prefill, answer.taken = prefill, taken
             if not answer.early:
                 taken()
@@ -125,9 +124,6 @@ class Attempt:
                 self._lease.release()
                 taken()
                 self._journey.over(None)
-                if opening:
-                    opening.add_done_callback(_unwanted)
-                    opening.cancel()
                 if source and prefill:
                     prefill.cancel()
                     self._up.keep(self._abandon(source, prefill))
@@ -284,20 +280,6 @@ class Attempt:
         return self._up.deadlines.of_first_byte(self._journey.placement, tokens)
 
 
-async def _first(prefill: asyncio.Task[bytes] | None, opening: asyncio.Task[Answer]) -> Answer:
-    """Decode's answer, or prefill's failure if it comes first: decode would wait for KV that never comes."""
-    if prefill is None:
-        return await opening
-    await asyncio.wait({prefill, opening}, return_when=asyncio.FIRST_COMPLETED)
-    error = prefill.exception() if prefill.done() else None
-    if isinstance(error, PrefillFailed) and error.refused:
-        # What prefill refuses, decode most likely refuses too, in words that suit the client's own body.
-        await asyncio.wait({opening}, timeout=REFUSAL_GRACE)
-    if error and not opening.done():
-        raise error
-    return await opening
-
-
 async def cancelled(task: asyncio.Task[Any]) -> None:
     """Cancel and wait until it is over; its result or error is of no interest any more."""
     task.cancel()
@@ -317,12 +299,6 @@ def _check(reply: Response) -> None:
 def _both(prefill: Instance, decode: Instance) -> bool:
     """Whether the connectors of both know how to hand over a first token."""
     return all(instance.info is not None and instance.info.first_token for instance in (prefill, decode))
-
-
-def _unwanted(opening: asyncio.Task[Answer]) -> None:
-    """An answer that came just when it was given up is closed."""
-    if not opening.cancelled() and not opening.exception():
-        opening.result().close()
 
 
 def _nothing() -> None:
