@@ -103,9 +103,9 @@ def test_an_answer_is_the_same_however_it_is_cut(answer: bytes, data: st.DataObj
 
     async def run() -> None:
         client, wire = EngineClient(1.0), Wire()
-        connection = client_module._Connection(client, origin("http://h:1"))
+        connection = client_module.Connection(client, origin("http://h:1"))
         connection.connection_made(wire)  # type: ignore[arg-type]
-        asking = asyncio.create_task(connection.ask(b"", b""))
+        asking = asyncio.create_task(connection.begin(b"", b"").answer())
         await asyncio.sleep(0)
         for piece in pieces:
             connection.data_received(piece)
@@ -284,6 +284,34 @@ async def test_who_says_close_is_not_asked_again():
         assert await (await ask(client, url)).read() == b""
         await (await ask(client, url)).read()
         assert server.connections == 2
+
+
+async def test_a_request_that_has_begun_is_answered_once_or_given_up():
+    server = Server(WHOLE, WHOLE, WHOLE, WHOLE)
+    async with serving(server) as (client, url):
+        asked = (url, "/v1/completions", b"{}", NO_HEADERS)
+        assert client.begin(*asked) is None  # nobody is connected yet
+        await (await ask(client, url)).read()
+        exchange = client.begin(*asked)
+        assert exchange
+        reply = await exchange.answer()
+        exchange.give_up()  # it has been answered
+        assert await reply.read() == b"hello"
+        exchange = client.begin(*asked)
+        assert exchange
+        exchange.give_up()
+        async with asyncio.timeout(5):
+            await server.went.wait()
+        assert (server.connections, server.closed) == (1, 1)
+        # Its answer is there before anybody asks for it, and the connection is free for others.
+        await (await ask(client, url)).read()
+        server.answers += [[WHOLE]] * 2
+        exchange = client.begin(*asked)
+        assert exchange
+        await asyncio.sleep(0.05)
+        assert await (await ask(client, url)).read() == b"hello"
+        exchange.give_up()
+        assert (server.connections, server.closed) == (2, 1)
 
 
 @pytest.mark.parametrize("when", ["before the head", "in the body"])

@@ -59,7 +59,7 @@ class EngineClient:
 
     def __init__(self, connect_timeout: float) -> None:
         self._connect_timeout = connect_timeout
-        self._idle: dict[Origin, list[_Connection]] = {}
+        self._idle: dict[Origin, list[Connection]] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._tls: ssl.SSLContext | None = None
 
@@ -72,8 +72,6 @@ class EngineClient:
     ) -> Response:
         """The answer to a request, once its headers are there. Nobody is followed to where they redirect.
 
-        Where a connection is kept, the request is sent before anything is waited for.
-
         Args:
             method: not HEAD.
             url: the engine's base URL, `path` what follows it, as it is sent.
@@ -85,15 +83,18 @@ class EngineClient:
             ValueError: a header's value has a line break.
         """
         there = origin(url)
-        lines = [f"{method} {there.path}{path} HTTP/1.1\r\nHost: {there.netloc}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        if body or method == "POST":
-            lines.append(f"Content-Length: {len(body)}")
-        head = "\r\n".join(lines) + "\r\n\r\n"
-        if head.count("\n") != len(lines) + 2 or head.count("\r") != len(lines) + 2:
-            raise ValueError("a header's value has a line break")
-        connection = self._kept(there) or await self._connect(there)
-        return await connection.ask(head.encode(errors="surrogateescape"), body)
+        head = _head(method, there, path, body, headers)
+        connection = self._kept(there)
+        if connection is None:
+            connection = await self._connect(there)
+        return await connection.begin(head, body).answer()
+
+    def begin(self, url: str, path: str, body: bytes, headers: Mapping[str, str]) -> "Exchange | None":
+        """A POST that is sent now; None if no connection is kept, as nothing is waited for. See `request`."""
+        there = origin(url)
+        head = _head("POST", there, path, body, headers)
+        connection = self._kept(there)
+        return connection.begin(head, body) if connection else None
 
     def close(self) -> None:
         """Hang up idle connections; the others are their requests'."""
@@ -105,20 +106,20 @@ class EngineClient:
                 connection.abort()
         self._idle.clear()
 
-    def keep(self, connection: "_Connection") -> None:
+    def keep(self, connection: "Connection") -> None:
         """A connection is free for another request."""
         connection.since = asyncio.get_running_loop().time()
         self._idle.setdefault(connection.origin, []).append(connection)
         if self._sweeper is None:
             self._sweep_after(KEEPALIVE_SECONDS)
 
-    def lost(self, connection: "_Connection") -> None:
+    def lost(self, connection: "Connection") -> None:
         """A connection is gone."""
         idle = self._idle.get(connection.origin)
         if idle and connection in idle:
             idle.remove(connection)
 
-    def _kept(self, there: Origin) -> "_Connection | None":
+    def _kept(self, there: Origin) -> "Connection | None":
         # The one that was used last: the others come of age.
         idle = self._idle.get(there)
         while idle:
@@ -128,13 +129,13 @@ class EngineClient:
             connection.abort()
         return None
 
-    async def _connect(self, there: Origin) -> "_Connection":
+    async def _connect(self, there: Origin) -> "Connection":
         if there.tls and self._tls is None:
             self._tls = ssl.create_default_context()
         try:
             async with asyncio.timeout(self._connect_timeout):
                 _, made = await asyncio.get_running_loop().create_connection(
-                    lambda: _Connection(self, there),
+                    lambda: Connection(self, there),
                     there.host,
                     there.port,
                     ssl=self._tls if there.tls else None,
@@ -163,7 +164,41 @@ class EngineClient:
             self._sweep_after(max(0.1, first - oldest))
 
 
-class _Connection(asyncio.Protocol):
+class Exchange:
+    """A request that was sent: its answer is awaited, once, or it is given up."""
+
+    __slots__ = ("_connection", "_waiter")
+
+    def __init__(self, connection: "Connection", waiter: asyncio.Future[Response]) -> None:
+        self._connection = connection
+        self._waiter: asyncio.Future[Response] | None = waiter
+
+    async def answer(self) -> Response:
+        """See `EngineClient.request`."""
+        waiter = self._waiter
+        assert waiter is not None, "an answer is awaited once"
+        try:
+            found = await waiter
+        except asyncio.CancelledError:
+            self.give_up()
+            raise
+        finally:
+            self._waiter = None
+        return found
+
+    def give_up(self) -> None:
+        """Nobody wants the answer, unless somebody has it."""
+        waiter, self._waiter = self._waiter, None
+        if waiter is None:
+            return
+        # As soon as there is an answer, the connection may be another request's.
+        if waiter.cancelled() or waiter.cancel():
+            self._connection.abort()
+        elif not waiter.exception():
+            waiter.result().close()
+
+
+class Connection(asyncio.Protocol):
     """One connection, of one request at a time. Methods that begin with ``on_`` are the parser's to call.
 
     Attributes:
@@ -183,26 +218,15 @@ class _Connection(asyncio.Protocol):
         self._head_size = self._loose = 0
         self._paused = self._progress = False
 
-    async def ask(self, head: bytes, body: bytes) -> Response:
-        """See `EngineClient.post`."""
-        transport = self._transport
-        if transport is None:
-            raise Broken("it hung up")
+    def begin(self, head: bytes, body: bytes) -> "Exchange":
+        """Send a request."""
         waiter: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
         self._head = waiter
-        transport.writelines((head, body))
-        try:
-            return await waiter
-        except asyncio.CancelledError:
-            if waiter.cancelled():
-                self.abort()
-            elif not waiter.exception():
-                waiter.result().close()
-            raise
-        finally:
-            # With its answer there at once, another request may have the connection by now.
-            if self._head is waiter:
-                self._head = None
+        if self._transport:
+            self._transport.writelines((head, body))
+        else:
+            self._fail("it hung up")
+        return Exchange(self, waiter)
 
     def usable(self) -> bool:
         """Whether it can be used again.
@@ -312,6 +336,22 @@ class _Connection(asyncio.Protocol):
             head.set_exception(Broken(why))
         if response:
             response.end(why)
+
+
+def _head(method: str, there: Origin, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
+    """A request's line and headers.
+
+    Raises:
+        ValueError: a header's value has a line break.
+    """
+    lines = [f"{method} {there.path}{path} HTTP/1.1\r\nHost: {there.netloc}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    if body or method == "POST":
+        lines.append(f"Content-Length: {len(body)}")
+    head = "\r\n".join(lines) + "\r\n\r\n"
+    if head.count("\n") != len(lines) + 2 or head.count("\r") != len(lines) + 2:
+        raise ValueError("a header's value has a line break")
+    return head.encode(errors="surrogateescape")
 
 
 def _until_closed(headers: CIMultiDict[str]) -> bool:

@@ -11,7 +11,7 @@ import msgspec
 from aiohttp import hdrs
 
 from mooncake_connector.scheduler.engines.base import Engine, told
-from mooncake_connector.scheduler.engines.client import EngineClient
+from mooncake_connector.scheduler.engines.client import EngineClient, Exchange
 from mooncake_connector.scheduler.engines.pool import Instance, Lease, Pool
 from mooncake_connector.scheduler.engines.response import Broken, Response, Unreachable
 from mooncake_connector.scheduler.proxy.answer import (
@@ -75,6 +75,7 @@ class Attempt:
         self._lease = self._decode.lease(asked.arrival.tokens)
         self._transfer_id = os.urandom(16).hex()
         self._early: asyncio.Future[Early | None] | None = None
+        self._copying: asyncio.Task[None] | None = None
         self.doubted: list[Lease] = []
 
     async def open(self) -> Answer:
@@ -101,9 +102,12 @@ class Attempt:
                 params = engine.decode_params(source.info, self._transfer_id, first_token=wished)
                 body = engine.prefill_body(request, self._transfer_id, first_token=wished)
                 computing, taken = source.lease(self._asked.arrival.tokens), source.transfer()
-                prefill = asyncio.create_task(self._prefill(source, computing, body))
+                begun = self._begin_prefill(source, body)
+                prefill = asyncio.create_task(self._prefill(source, computing, body, begun))
                 # A task that is cancelled before its first step runs no finally of its own.
                 prefill.add_done_callback(_ignoring_task(computing.release))
+                if begun:
+                    prefill.add_done_callback(_ignoring_task(begun.give_up))
                 if self._up.serial:
                     # A stream says nothing of its transfer, but then we know all that there is to say.
                     params = engine.prefill_params(await prefill) or (params if wished else None)
@@ -148,19 +152,36 @@ class Attempt:
             asked = self._asked
             await self._up.aside.release(source.url, asked.request, asked.headers, self._transfer_id)
 
-    async def _prefill(self, source: Instance, lease: Lease, body: bytes) -> bytes:
+    def _begin_prefill(self, source: Instance, body: bytes) -> Exchange | None:
+        """Prefill asked at once, if no copy comes first: its task would have to wait for its turn."""
+        copies = self._up.copies
+        if (copy := self._journey.placement.copy) and copy.source in self._up.pool:
+            self._copying = copies.begin(self._up.pool[copy.source], source, self._asked, copy)
+        if copies.running:
+            return None
+        self._timeline.mark("prefill_sent")
+        return self._up.client.begin(source.url, self._asked.request.path, body, self._asked.headers)
+
+    async def _ask_prefill(self, source: Instance, body: bytes) -> Response:
+        self._timeline.mark("prefill_sent")
+        return await self._up.client.post(source.url, self._asked.request.path, body, self._asked.headers)
+
+    async def _prefix(self, source: Instance) -> None:
+        """Wait for what is to be copied to `source` before it computes the rest."""
+        patience = self._journey.patience
+        if self._copying:
+            await asyncio.wait({self._copying}, timeout=patience)
+        else:
+            await self._up.copies.join(source, self._asked, patience)
+
+    async def _prefill(self, source: Instance, lease: Lease, body: bytes, begun: Exchange | None) -> bytes:
         up, journey, early = self._up, self._journey, self._early
-        asked = self._asked
         try:
-            if (copy := journey.placement.copy) and copy.source in up.pool:
-                await up.copies.bring(up.pool[copy.source], source, asked, copy, journey.patience)
-            else:
-                await up.copies.join(source, asked, journey.patience)
+            if begun is None:
+                await self._prefix(source)
             started = time.perf_counter()
-            self._timeline.mark("prefill_sent")
             async with Within(up.deadlines.of_prefill(journey.placement), lease):
-                reply = await up.client.post(source.url, asked.request.path, body, asked.headers)
-                with closing(reply):
+                with closing(await (begun.answer() if begun else self._ask_prefill(source, body))) as reply:
                     _check(reply)
                     if early and reply.content_type == EVENTS:
                         await self._read_early(source, lease, reply, early)

@@ -50,10 +50,15 @@ class Copies:
         self._done = done
         self._running: dict[tuple[str, str, bytes], asyncio.Task[None]] = {}
 
-    async def bring(
-        self, source: Instance, target: Instance, asked: Asked, copy: Copy, within: float
-    ) -> None:
-        """Have a prefix copied; returns when it is there, has failed, or `within` seconds are over.
+    @property
+    def running(self) -> bool:
+        """Whether any is under way."""
+        return bool(self._running)
+
+    def begin(
+        self, source: Instance, target: Instance, asked: Asked, copy: Copy
+    ) -> asyncio.Task[None] | None:
+        """Have a prefix copied: wait for it, but not for ever; None if that can't be.
 
         Whatever comes of it, `target` can go on: it computes what it does not hold.
         """
@@ -64,11 +69,11 @@ class Copies:
         if task is None:
             if len(self._running) >= AT_ONCE or not possible(source, target) or len(prompt) < 2:
                 self._metrics.copies.labels("refused").inc()
-                return
+                return None
             task = asyncio.create_task(self._copy(source, target, asked, copy, prompt.tolist()))
             self._running[key] = task
             task.add_done_callback(lambda _: self._running.pop(key))
-        await asyncio.wait({task}, timeout=within)
+        return task
 
     async def join(self, target: Instance, asked: Asked, within: float) -> None:
         """Wait for copies to `target` that this prompt begins with: computing it now would make them vain."""

@@ -16,23 +16,26 @@ class EndedBy:
     event loop, of which each takes as long as all that the other requests do in it.
     """
 
-    __slots__ = ("_cancelling", "_error", "_prefill", "_task", "_timer")
+    __slots__ = ("_cancelling", "_error", "_inside", "_prefill", "_task", "_timer")
 
     def __init__(self, prefill: asyncio.Task[bytes] | None) -> None:
         self._prefill = prefill
+        self._inside = False
         self._error: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._task, self._cancelling = task, task.cancelling()
+        self._task, self._cancelling, self._inside = task, task.cancelling(), True
         if self._prefill:
             self._prefill.add_done_callback(self._over)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # The callback may be due already: then it still comes.
+        self._inside = False
         if self._prefill:
             self._prefill.remove_done_callback(self._over)
         if self._timer:
@@ -44,7 +47,7 @@ class EndedBy:
 
     def _over(self, prefill: asyncio.Task[bytes]) -> None:
         error = None if prefill.cancelled() else prefill.exception()
-        if error is None:
+        if error is None or not self._inside:
             return
         grace = REFUSAL_GRACE if isinstance(error, PrefillFailed) and error.refused else 0.0
         if grace:
