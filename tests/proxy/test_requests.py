@@ -270,8 +270,11 @@ async def test_load_spreads_over_all_engines(start: Start):
     for engine in [*setting.prefill, *setting.decode]:
         engine.delay = 1.0  # none is done before all are placed, on a busy machine either
     await asyncio.gather(*(_post(setting.http, TEXT) for _ in range(12)))
-    assert [len(engine.calls) for engine in setting.prefill] == [6, 6]
-    assert [len(engine.calls) for engine in setting.decode] == [4, 4, 4]
+    # By what is predicted of each, which depends on when they came.
+    for engines, each in ((setting.prefill, 6), (setting.decode, 4)):
+        calls = [len(engine.calls) for engine in engines]
+        assert sum(calls) == 12
+        assert all(abs(count - each) <= 1 for count in calls)
 
 
 async def _post(http, body: dict, path: str = "/v1/completions") -> bytes:
