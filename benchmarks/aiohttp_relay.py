@@ -1,6 +1,6 @@
-"""The bound of our proxy's stack: aiohttp sends each request to a prefill and a decode engine, and relays.
+"""What a proxy in Python usually is at best: aiohttp sends each request to prefill and decode, and relays.
 
-It chooses in turn, and checks, measures and retries nothing: what our proxy takes beyond this is ours.
+It chooses in turn, and checks, measures and retries nothing.
 """
 
 import argparse

@@ -6,7 +6,7 @@
 Every subject gets the same load in P/D mode, in turns, from the same simulated engines (`sim_engine.py`): two
 prefill and two decode engines, a prompt takes 5 ms, its hand-over 3 ms, a decode step 20 ms, in which each
 stream gets a token. `no proxy` is a client that sends to prefill and decode itself, at once. `aiohttp-relay`
-is what our stack can do at best: an aiohttp server and client with nothing in between.
+is an aiohttp server and client with nothing in between: what a proxy in Python usually is at best.
 
 The proxy has one core, clients and engines the other, all with real-time priority: other work on the machine
 does not count. The phases:
@@ -28,6 +28,7 @@ import argparse
 import json
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -153,6 +154,7 @@ class Bench:
                 "pinned": f"proxy on core {PROXY_CORE}, client and engines on core {OTHER_CORE}, SCHED_FIFO",
                 "engines": f"{PAIRS} prefill, {PAIRS} decode, simulated: prompt {PROMPT} s, "
                 f"hand-over {HANDOFF} s, step {STEP} s",
+                "python_optimized": "--enable-optimizations" in str(sysconfig.get_config_var("CONFIG_ARGS")),
             }
             report.write(self.rows, self._file, PACKAGES, versions(), self._busy, facts)
 

@@ -29,4 +29,8 @@ PYTHON
 
 nvidia-smi --query-gpu=index,name,driver_version,memory.used --format=csv,noheader
 # Unknown to pytest where its asyncio plugin is missing, which no test here needs.
-exec "$python" -m pytest tests/gpu -v -s --durations=10 -W 'ignore:Unknown config option' "$@"
+"$python" -m pytest tests/gpu -v -s --durations=10 -W 'ignore:Unknown config option' "$@"
+status=$?
+# If a kernel was ended by the GPU, the driver's log says by what.
+[ $status -eq 0 ] || dmesg 2>/dev/null | grep -i xid | tail -5
+exit $status
