@@ -1,12 +1,14 @@
 """What each engine is sent, and what the client gets."""
 
 import asyncio
+import gc
 import json
 
 import openai
 import pytest
 
 from mooncake_connector.scheduler.policy.scheduling import Scheduling
+from mooncake_connector.scheduler.proxy.openai import ClientRequest
 from tests.proxy.conftest import Start
 from tests.proxy.fakes import MODEL, events
 
@@ -275,6 +277,21 @@ async def test_load_spreads_over_all_engines(start: Start):
         calls = [len(engine.calls) for engine in engines]
         assert sum(calls) == 12
         assert all(abs(count - each) <= 1 for count in calls)
+
+
+async def test_a_stream_under_way_does_not_keep_its_prompt(start: Start):
+    setting = await start()
+    decode = setting.decode[0]
+    decode.stream, decode.gap = events(20), 0.05
+    async with setting.http.post("/v1/completions", json=TEXT | {"stream": True}) as reply:
+        decode.goes_on.clear()
+        got = await reply.content.readany()
+        gc.collect()
+        assert setting.proxy.pool[decode.url].requests == 1
+        assert not [one for one in gc.get_objects() if isinstance(one, ClientRequest)]
+        decode.goes_on.set()
+        got += await reply.content.read()
+    assert got == b"".join(events(20))
 
 
 async def _post(http, body: dict, path: str = "/v1/completions") -> bytes:

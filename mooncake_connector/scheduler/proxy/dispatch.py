@@ -158,7 +158,8 @@ class Dispatcher:
                     self._metrics.prefill_skipped.labels(choice.reason).inc()
                 if not avoid:
                     self._note(choice)
-                answer.again = partial(self._again, asked, answer, timeline)
+                if answer.early:
+                    answer.again = partial(self._again, asked, answer, timeline)
                 return answer
             finally:
                 doubted += attempt.doubted

@@ -23,6 +23,8 @@ from mooncake_connector.scheduler.proxy.relay import SLOW, Pour, pouring, relay
 from mooncake_connector.scheduler.proxy.stored import Stored
 from mooncake_connector.scheduler.proxy.timeline import HEADER, Timeline, into_answer, with_timeline
 
+Tell = Callable[[], Awaitable[dict[str, Any]]]
+
 
 class Generation:
     """Handles every request that the conductor finds engines for."""
@@ -43,14 +45,7 @@ class Generation:
         outcome = "cancelled"
         answer: Answer | None = None
         try:
-            request = ClientRequest.parse(http.path, await read_body(http))
-            timeline.mark("parsed")
-            headers = forwarded_json(http, request.get("request_id"))
-            asked = await self._arrivals.describe(request, headers, http[CALLER])
-            if request.path == RESPONSES:
-                asked = await self._at_holder(asked)
-            timeline.mark("described")
-            answer = await self._dispatcher.open(asked, timeline)
+            answer, tell = await self._opened(http, timeline)
             headers_back = returned(answer.headers)
             headers_back["x-mooncake-decode"] = answer.choice.decode
             headers_back["x-mooncake-prefill"] = answer.choice.prefill or f"none ({answer.choice.reason})"
@@ -58,12 +53,6 @@ class Generation:
                 headers_back["x-mooncake-first-token"] = "prefill"
             if answer.streamed:
                 self._metrics.first_byte.observe(time.perf_counter() - started)
-
-            async def tell() -> dict[str, Any]:
-                timeline.mark("decode_end")
-                told = await self._dispatcher.timeline(answer, asked)
-                return told | {"proxy": timeline.moments}
-
             response, outcome = await _answered(http, answer, headers_back, timeline, tell)
             return response
         except web.HTTPClientError:
@@ -100,6 +89,29 @@ class Generation:
                 access.prefill, access.decode = answer.choice.prefill or "", answer.choice.decode
                 access.ttft, access.tokens = timeline.seconds("received", "first_byte"), answer.tokens
 
+    async def _opened(self, http: web.Request, timeline: Timeline) -> tuple[Answer, Tell | None]:
+        """Decode's answer, and what tells its timeline, if the client wants to know.
+
+        Only the latter keeps the request: a stream may last for minutes, and prompts are long.
+        """
+        request = ClientRequest.parse(http.path, await read_body(http))
+        timeline.mark("parsed")
+        headers = forwarded_json(http, request.get("request_id"))
+        asked = await self._arrivals.describe(request, headers, http[CALLER])
+        if request.path == RESPONSES:
+            asked = await self._at_holder(asked)
+        timeline.mark("described")
+        answer = await self._dispatcher.open(asked, timeline)
+        if not timeline.asked:
+            return answer, None
+
+        async def tell() -> dict[str, Any]:
+            timeline.mark("decode_end")
+            told = await self._dispatcher.timeline(answer, asked)
+            return told | {"proxy": timeline.moments}
+
+        return answer, tell
+
     async def _at_holder(self, asked: Asked) -> Asked:
         """A response that goes on from another one, made to go where that one is."""
         previous = asked.request.get("previous_response_id")
@@ -117,18 +129,17 @@ async def _answered(
     answer: Answer,
     headers: CIMultiDict[str],
     timeline: Timeline,
-    tell: Callable[[], Awaitable[dict[str, Any]]],
+    tell: Tell | None,
 ) -> tuple[web.StreamResponse, str]:
     """Decode's bytes to the client, and how it ended."""
     if not answer.streamed:
         timeline.mark("first_byte")
-        asked = timeline.asked and answer.status == 200
-        body = into_answer(answer.first, await tell()) if asked else answer.first
+        body = into_answer(answer.first, await tell()) if tell and answer.status == 200 else answer.first
         whole = web.Response(status=answer.status, body=body, headers=headers)
         return whole, "ok" if answer.status < 400 else "client_error"
     response = web.StreamResponse(status=answer.status, headers=headers)
     pour: Pour = answer.pour
-    if timeline.asked:
+    if tell:
         pour = pouring(with_timeline(answer.chunks(), tell))
     elif answer.early:
         pour = pouring(answer.chunks())
