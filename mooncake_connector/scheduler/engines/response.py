@@ -77,11 +77,6 @@ class Response:
         """Lower-case, without parameters."""
         return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
-    @property
-    def ended(self) -> bool:
-        """Whether all of it has come and was taken."""
-        return self._ended and not self._pieces
-
     async def readany(self) -> bytes:
         """What is there, or the next bytes that come; none at the end.
 

@@ -42,6 +42,18 @@ class Unknown(Exception):
     """vLLM's prompt for this request can't be told."""
 
 
+def text_of(fields: Json, name: str) -> str:
+    """A field that has to be a text.
+
+    Raises:
+        Unknown: it is none.
+    """
+    text = fields.get(name)
+    if not isinstance(text, str):
+        raise Unknown
+    return text
+
+
 class Given(Protocol):
     """A request's fields."""
 

@@ -6,7 +6,7 @@ Only what is plain: texts, thinking, tools and their results. The rest is not to
 import json
 from typing import Any
 
-from mooncake_connector.scheduler.prompts.chat import Given, Json, Unknown
+from mooncake_connector.scheduler.prompts.chat import Given, Json, Unknown, text_of
 
 # Claude Code's; it is another one in every request.
 _BILLING = "x-anthropic-billing-header"
@@ -42,7 +42,7 @@ def chat_of_messages(request: Given) -> Json:
 def _system(system: Any) -> str:
     if system is None or isinstance(system, str):
         return system or ""
-    texts = [_text(block, "text") for block in system if _kind(block, "text")]
+    texts = [text_of(block, "text") for block in system if _kind(block, "text")]
     return "".join(text for text in texts if not text.startswith(_BILLING))
 
 
@@ -58,14 +58,14 @@ def _add(messages: list[Json], role: str, content: Any) -> None:
     for block in content:
         kind = block["type"]
         if kind == "text":
-            if text := _text(block, "text"):
+            if text := text_of(block, "text"):
                 parts.append({"type": "text", "text": text})
         elif kind == "thinking":
-            thoughts.append(_text(block, "thinking"))
+            thoughts.append(text_of(block, "thinking"))
         elif kind == "tool_use":
             calls.append(_call(block))
         elif kind == "tool_result" and role == "user":
-            result, id = _result(block.get("content")), _text(block, "tool_use_id")
+            result, id = _result(block.get("content")), text_of(block, "tool_use_id")
             messages.append({"role": "tool", "tool_call_id": id, "content": result})
         elif kind != "redacted_thinking":
             raise Unknown
@@ -83,22 +83,22 @@ def _add(messages: list[Json], role: str, content: Any) -> None:
 
 def _call(block: Json) -> Json:
     given = block.get("input") or {}
-    if not isinstance(given, dict) or not _text(block, "id"):
+    if not isinstance(given, dict) or not text_of(block, "id"):
         raise Unknown
-    function = {"name": _text(block, "name"), "arguments": json.dumps(given)}
+    function = {"name": text_of(block, "name"), "arguments": json.dumps(given)}
     return {"id": block["id"], "type": "function", "function": function}
 
 
 def _result(content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
-    return "\n".join(_text(item, "text") for item in content if _kind(item, "text"))
+    return "\n".join(text_of(item, "text") for item in content if _kind(item, "text"))
 
 
 def _tool(tool: Json) -> Json:
     schema: Json = tool["input_schema"]
     described = {
-        "name": _text(tool, "name"),
+        "name": text_of(tool, "name"),
         "description": tool.get("description"),
         "parameters": schema if "type" in schema else {**schema, "type": "object"},
         "strict": tool.get("strict"),
@@ -112,10 +112,3 @@ def _kind(block: Json, kind: str) -> bool:
     if block["type"] != kind:
         raise Unknown
     return True
-
-
-def _text(block: Json, name: str) -> str:
-    text = block.get(name)
-    if not isinstance(text, str):
-        raise Unknown
-    return text

@@ -5,7 +5,7 @@ Only what is plain: texts, function tools, and what a conversation has of them. 
 
 from typing import Any
 
-from mooncake_connector.scheduler.prompts.chat import Given, Json, Unknown
+from mooncake_connector.scheduler.prompts.chat import Given, Json, Unknown, text_of
 
 _SAYS = frozenset({"user", "system", "developer"})
 _UNFINISHED = ("in_progress", "incomplete")
@@ -62,8 +62,8 @@ def _add(messages: list[Json], item: Any) -> None:
     kind, role = item.get("type", "message"), item.get("role")
     if kind == "function_call":
         _only(item, "type", "id", "status", "call_id", "name", "arguments")
-        function = {"name": _text(item, "name"), "arguments": _text(item, "arguments")}
-        call = {"id": _text(item, "call_id"), "function": function, "type": "function"}
+        function = {"name": text_of(item, "name"), "arguments": text_of(item, "arguments")}
+        call = {"id": text_of(item, "call_id"), "function": function, "type": "function"}
         before = messages[-1] if messages else {}
         if before.get("role") == "assistant":
             before.setdefault("tool_calls", []).append(call)
@@ -71,7 +71,7 @@ def _add(messages: list[Json], item: Any) -> None:
             messages.append({"role": "assistant", "tool_calls": [call]})
     elif kind == "function_call_output":
         _only(item, "type", "id", "status", "call_id", "output")
-        content, call_id = _text(item, "output"), _text(item, "call_id")
+        content, call_id = text_of(item, "output"), text_of(item, "call_id")
         messages.append({"role": "tool", "content": content, "tool_call_id": call_id})
     elif kind == "reasoning":
         _of_assistant(messages, "reasoning", _reasoning(item))
@@ -107,11 +107,11 @@ def _answer(item: Json) -> str:
         if not isinstance(part, dict) or part.get("type") != "output_text" or part.get("annotations"):
             raise Unknown
         _only(part, "type", "text", "annotations", "logprobs")
-        _text(part, "text")
+        text_of(part, "text")
         if part.get("logprobs"):
             raise Unknown
     # vLLM leaves out those that follow.
-    return _text(content[0], "text")
+    return text_of(content[0], "text")
 
 
 def _reasoning(item: Json) -> str:
@@ -121,7 +121,7 @@ def _reasoning(item: Json) -> str:
         raise Unknown
     if item["summary"] or any(part.get("type") != "reasoning_text" for part in content):
         raise Unknown
-    return _text(content[0], "text")
+    return text_of(content[0], "text")
 
 
 def _parts(content: Any) -> str | list[Json]:
@@ -133,7 +133,7 @@ def _parts(content: Any) -> str | list[Json]:
         if not isinstance(part, dict) or part.get("type") != "input_text":
             raise Unknown
         _only(part, "type", "text")
-        _text(part, "text")
+        text_of(part, "text")
     return content
 
 
@@ -157,10 +157,3 @@ def _only(item: Json, *known: str) -> None:
     """Other fields might mean something, or make it something else to pydantic."""
     if not item.keys() <= set(known):
         raise Unknown
-
-
-def _text(item: Json, name: str) -> str:
-    text = item.get(name)
-    if not isinstance(text, str):
-        raise Unknown
-    return text
