@@ -1,10 +1,13 @@
 """The engines' HTTP client: its connections are fed by hand, or by a server that says what it is told to."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import ssl
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
@@ -13,6 +16,7 @@ from mooncake_connector.scheduler.engines import client as client_module
 from mooncake_connector.scheduler.engines import response as response_module
 from mooncake_connector.scheduler.engines.client import EngineClient, origin
 from mooncake_connector.scheduler.engines.response import Broken, Response, Unreachable
+from tests.proxy import certificates
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=utf-8\r\n"
 WHOLE = HEAD + b"Content-Length: 5\r\n\r\nhello"
@@ -377,6 +381,34 @@ async def test_nobody_there_is_told_in_few_words():
     client = EngineClient(5.0)
     with pytest.raises(Unreachable, match="can't connect: Connection refused"):
         await ask(client, f"http://127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_engines_behind_tls(loop: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path, monkeypatch):
+    """Who has a certificate that is trusted is asked, and the connection kept; nobody else is."""
+    certificate, key = certificates.make(tmp_path, "engine")
+
+    async def run(trusted: bool) -> None:
+        server = Server(CHUNKED, WHOLE)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        listening = await asyncio.start_server(server.talk, "127.0.0.1", 0, ssl=context)
+        client, url = EngineClient(5.0), f"https://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        if trusted:
+            for _ in range(2):
+                assert await (await ask(client, url)).read() == b"hello"
+            assert server.connections == 1
+        else:
+            with pytest.raises(Unreachable, match=r"(?i)certificate.verify.failed"):
+                await ask(client, url)
+        client.close()
+        listening.close()
+
+    for trusted in (False, True):
+        if trusted:
+            monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        with asyncio.Runner(loop_factory=loop) as runner:
+            runner.run(run(trusted))
 
 
 async def test_headers_with_line_breaks_go_nowhere():
